@@ -1,0 +1,48 @@
+# Short targets; each can be run again at any time. `make help` lists them.
+#   make up DATA=my-images PRESET=quick MODEL=name
+
+.DEFAULT_GOAL := help
+.PHONY: help up down test bench lint
+SHELL := /bin/bash
+BIN := .venv/bin
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/'
+
+up: .venv/.installed ## bring the whole line up: DATA=folder, PRESET=smoke|quick|full, MODEL=name
+	@$(BIN)/python -m jobs.up $(if $(DATA),--data "$(DATA)") $(if $(PRESET),--preset "$(PRESET)") \
+	  $(if $(MODEL),--model "$(MODEL)")
+
+down: .venv/.installed ## end everything that `make up` started; models, data and runs stay
+	@$(BIN)/python -m jobs.down
+
+test: lint ## all tests: unit, integration, end to end
+	@$(BIN)/python -m pytest
+
+lint: .venv/.installed ## what CI checks before the tests
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: .venv/.installed ## the measured tables, with peers on the same machine
+	@$(BIN)/python -m tests.bench
+
+# uv installs the pins in a sixth of pip's time; pip is there when uv can't run on a machine.
+.venv/.installed: requirements.txt
+	@set -e -o pipefail; \
+	for python in python3.11 python3.12 python3.13 python3; do \
+	  if $$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    found=$$python; break; \
+	  fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "Rayline needs Python 3.11 or newer: install python3.11"; exit 1; fi; \
+	echo "setting up .venv with $$($$found --version): takes some GB and a minute or two the first time"; \
+	$$found -m venv .venv; \
+	uv=$$(sed -n 's/^\(uv==[^ ;]*\).*/\1/p' requirements.txt); \
+	if $(BIN)/python -m pip install -q --disable-pip-version-check "$$uv" \
+	    && VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --no-deps -r requirements.txt 2>&1 \
+	    | grep --line-buffered -v '^ [+-] '; then :; else \
+	  echo "uv could not install the pins; trying pip, which takes some minutes longer"; \
+	  $(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements.txt; \
+	fi; \
+	touch $@

@@ -1,0 +1,35 @@
+"""What every job shares: progress lines, one JSON result as the last line, exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from lib.errors import RaylineError
+
+_START = time.monotonic()
+
+
+def progress(step: str, message: str) -> None:
+    """Print one line of progress with the seconds since the process started."""
+    print(f"[{time.monotonic() - _START:6.1f} s] {step}: {message}", flush=True)
+
+
+def run(job: Callable[[], Mapping[str, Any]]) -> NoReturn:
+    """Run a job's body, print its result as JSON on the last line of output, and exit.
+
+    A RaylineError is the user's to act on: it is printed without a traceback, as JSON too, with
+    exit code 1. Anything else is a defect and keeps its traceback.
+    """
+    try:
+        result = job()
+    except RaylineError as error:
+        sys.stderr.flush()
+        print(f"{type(error).__name__}: {error}", flush=True)
+        print(json.dumps({"error": type(error).__name__, "message": str(error)}), flush=True)
+        sys.exit(1)
+    print(json.dumps(result), flush=True)
+    sys.exit(0)

@@ -1,0 +1,118 @@
+"""Settings, read from the environment once per process, and the frozen search presets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lib.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Where the line's parts are. Every field has an environment variable of its own."""
+
+    storage: str
+    """RAYLINE_STORAGE: absolute path or pyarrow file-system URI of the storage root."""
+    mlflow_uri: str
+    """MLFLOW_TRACKING_URI: the MLflow server, also its registry."""
+    model: str = "digits"
+    """RAYLINE_MODEL: name of the registered model that jobs act on."""
+    http_host: str = "127.0.0.1"
+    """RAYLINE_HTTP_HOST: address that the inference port binds."""
+    http_port: int = 8000
+    """RAYLINE_HTTP_PORT: inference port."""
+    ray_address: str = "http://127.0.0.1:8265"
+    """RAY_API_SERVER_ADDRESS: Ray dashboard, which takes jobs and the Serve config."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without touching a network or disk."""
+        if "://" not in self.storage and not os.path.isabs(self.storage):
+            raise ConfigError(
+                f"RAYLINE_STORAGE={self.storage!r} is relative; give an absolute path or a URI "
+                "such as s3://bucket/rayline"
+            )
+        if not 0 < self.http_port < 65536:
+            raise ConfigError(f"RAYLINE_HTTP_PORT={self.http_port} is not a port")
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
+        """Read the settings; raise ConfigError naming the variable that is missing or wrong."""
+        env = os.environ if env is None else env
+        for name in ("RAYLINE_STORAGE", "MLFLOW_TRACKING_URI"):
+            if not env.get(name):
+                raise ConfigError(
+                    f"{name} is not set; `make up` writes .rayline/env: run `. .rayline/env` first"
+                )
+        port = env.get("RAYLINE_HTTP_PORT", "8000")
+        if not port.isdigit():
+            raise ConfigError(f"RAYLINE_HTTP_PORT={port!r} is not a number")
+        return cls(
+            storage=env["RAYLINE_STORAGE"],
+            mlflow_uri=env["MLFLOW_TRACKING_URI"],
+            model=env.get("RAYLINE_MODEL") or "digits",
+            http_host=env.get("RAYLINE_HTTP_HOST") or "127.0.0.1",
+            http_port=int(port),
+            ray_address=env.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """How large a search is. One name on the command line instead of thirty options."""
+
+    name: str
+    num_trials: int
+    """Trials at most; the time budget may end the sweep earlier."""
+    rungs: tuple[int, ...]
+    """Epochs at which the learning rate has come down to zero and trials are compared."""
+    time_budget_s: float
+    """Wall-clock seconds for the whole sweep."""
+    widths: tuple[int, ...]
+    """Channels of the first stage."""
+    depths: tuple[int, ...]
+    """Convolutions per stage."""
+    gpus_per_trial: float = 0.25
+    """Share of a GPU for a trial where the cluster has GPUs; else a trial takes one CPU."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges that a sweep relies on."""
+        if self.num_trials < 1 or self.time_budget_s <= 0:
+            raise ConfigError(f"preset {self.name}: num_trials and time_budget_s must be positive")
+        if not self.rungs or list(self.rungs) != sorted(set(self.rungs)) or self.rungs[0] < 1:
+            raise ConfigError(f"preset {self.name}: rungs={self.rungs} must be increasing epochs")
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="smoke", num_trials=3, rungs=(1, 2), time_budget_s=60, widths=(8,), depths=(1,)
+        ),
+        Preset(
+            name="quick",
+            num_trials=8,
+            rungs=(1, 3),
+            time_budget_s=150,
+            widths=(24, 32),
+            depths=(1,),
+        ),
+        Preset(
+            name="full",
+            num_trials=32,
+            rungs=(2, 6, 18),
+            time_budget_s=1700,
+            widths=(16, 32, 48),
+            depths=(1, 2, 3),
+        ),
+    )
+}
+
+
+def preset(name: str) -> Preset:
+    """Return a preset by name; raise ConfigError with the known names otherwise."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]

@@ -1,0 +1,162 @@
+"""From the rows of a source to a manifest: who goes where, what is counted, what it is called."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lib.data.checks import (
+    Labels,
+    check_duplicates,
+    check_rows_per_class,
+    find_duplicates,
+)
+from lib.data.manifest import SPLITS, Manifest, Preprocess
+from lib.data.readers import Shape
+from lib.data.shards import ChunkResult, split_digest
+from lib.data.sources import Opened, Source, SplitRows
+from lib.data.splits import Targets, split_train
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IngestConfig:
+    """What decides the result beside the source."""
+
+    seed: int = 0
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    """Of a source without a test split."""
+    max_duplicate_fraction: float = 0.01
+    """Of the test rows that may have the same pixels as a train row."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("val_fraction", "test_fraction"):
+            if not 0 < getattr(self, name) <= 0.5:
+                raise ValueError(f"{name}={getattr(self, name)} must be in (0, 0.5]")
+        if not 0 <= self.max_duplicate_fraction <= 1:
+            raise ValueError(f"max_duplicate_fraction={self.max_duplicate_fraction} is no fraction")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assigned:
+    """A split of the source with the split of the data set that each row goes to."""
+
+    rows: SplitRows
+    targets: Targets
+
+
+def assign(opened: Opened, config: IngestConfig) -> tuple[Assigned, ...]:
+    """Decide where every row goes; raise DataError for a class that a split would lack."""
+    there = {rows.split for rows in opened.splits}
+    val_fraction = None if "val" in there else config.val_fraction
+    test_fraction = None if "test" in there else config.test_fraction
+    assigned = []
+    for rows in opened.splits:
+        is_train = rows.split == "train"
+        num_cut = (val_fraction is not None) + (test_fraction is not None) if is_train else 0
+        check_rows_per_class(
+            rows.labels_name, rows.split, rows.labels, opened.class_names, 1 + num_cut
+        )
+        if is_train:
+            targets = split_train(
+                rows.labels,
+                seed=config.seed,
+                val_fraction=val_fraction,
+                test_fraction=test_fraction,
+            )
+        else:
+            targets = np.full(rows.labels.size, SPLITS.index(rows.split), dtype=np.uint8)
+        assigned.append(Assigned(rows=rows, targets=targets))
+    return tuple(assigned)
+
+
+def check_leaks(
+    assigned: Sequence[Assigned], results: Sequence[ChunkResult], config: IngestConfig
+) -> None:
+    """Raise DataError if too many test rows are in train or val too.
+
+    Where test was cut from train, the cut may have separated duplicates of the source.
+    """
+    ids = np.concatenate([result.row_ids for result in results])
+    targets = np.concatenate([part.targets for part in assigned])
+    is_test = targets == SPLITS.index("test")
+    test_rows, other_rows = np.flatnonzero(is_test), np.flatnonzero(~is_test)
+    pairs = find_duplicates(ids[other_rows], ids[test_rows])
+    starts = np.cumsum([0] + [part.targets.size for part in assigned])
+
+    def where(row: int) -> str:
+        part = int(np.searchsorted(starts, row, side="right")) - 1
+        return assigned[part].rows.reader.where(row - int(starts[part]))
+
+    named = [(where(int(test_rows[test])), where(int(other_rows[other]))) for test, other in pairs]
+    check_duplicates(named, test_rows.size, config.max_duplicate_fraction)
+
+
+def build_manifest(
+    source: Source,
+    opened: Opened,
+    assigned: Sequence[Assigned],
+    results: Sequence[ChunkResult],
+    config: IngestConfig,
+) -> Manifest:
+    """Put together all that training and serving will know about the images."""
+    ids = np.concatenate([result.row_ids for result in results])
+    labels: Labels = np.concatenate([part.rows.labels for part in assigned])
+    targets = np.concatenate([part.targets for part in assigned])
+    chosen = {split: targets == index for index, split in enumerate(SPLITS)}
+    split_digests = {split: split_digest(ids[rows], labels[rows]) for split, rows in chosen.items()}
+    mean, std = _pixel_statistics(results)
+    border_sum = sum(result.border_sum for result in results)
+    border_count = max(1, sum(result.border_count for result in results))
+    return Manifest(
+        digest=_digest(opened.shape, opened.class_names, split_digests),
+        source=source.name,
+        source_digests=dict(source.digests),
+        height=opened.shape[0],
+        width=opened.shape[1],
+        channels=opened.shape[2],
+        class_names=opened.class_names,
+        counts={
+            split: tuple(np.bincount(labels[rows], minlength=len(opened.class_names)).tolist())
+            for split, rows in chosen.items()
+        },
+        split_digests=split_digests,
+        pixel_mean=mean,
+        pixel_std=std,
+        preprocess=Preprocess(
+            mode="L" if opened.shape[2] == 1 else "RGB",
+            fill=tuple(int(value) for value in np.rint(border_sum / border_count)),
+        ),
+        shards=tuple(shard for result in results for shard in result.shards),
+        seed=config.seed,
+        format_version=FORMAT_VERSION,
+    )
+
+
+def _digest(shape: Shape, class_names: Sequence[str], split_digests: dict[str, str]) -> str:
+    content = {
+        "shape": shape,
+        "class_names": list(class_names),
+        "splits": split_digests,
+        "format_version": FORMAT_VERSION,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _pixel_statistics(
+    results: Sequence[ChunkResult],
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation per channel, from exact counts: the same in any order."""
+    histogram = np.sum([result.histogram for result in results], axis=0)
+    values = np.arange(256) / 255.0
+    weights = histogram / histogram.sum(axis=1, keepdims=True)
+    mean = weights @ values
+    variance = (weights * (values[np.newaxis] - mean[:, np.newaxis]) ** 2).sum(axis=1)
+    return tuple(mean.tolist()), tuple(np.sqrt(variance).tolist())

@@ -1,0 +1,180 @@
+"""Ingest: a source becomes Parquet shards and, last, a manifest.
+
+Shards are named by content and the manifest is published in one step. So an ingest that is
+interrupted leaves nothing but shards that the next one uses, and a reader sees a whole data set
+or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import ray.data
+
+from lib.cli import progress
+from lib.data.assemble import (
+    FORMAT_VERSION,
+    Assigned,
+    IngestConfig,
+    assign,
+    build_manifest,
+    check_leaks,
+)
+from lib.data.execution import quiet_ray_data
+from lib.data.manifest import SPLITS, Manifest, manifest_path
+from lib.data.shards import Chunk, ChunkResult, ShardWriter, chunk_rows
+from lib.data.sources import Opened, Source, find_source
+from lib.data.staging import Staging, check_free_space
+from lib.errors import RaylineError
+from lib.storage import Storage
+
+__all__ = ["IngestConfig", "Ingested", "ingest", "ingest_source", "missing_shards"]
+
+_BEST_COMPRESSION = 20
+"""Free space is asked for as if images shrank so much: a disk that surely is too small."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ingested:
+    """A data set and what it took."""
+
+    manifest: Manifest
+    reused: bool
+    """Whether it was there already."""
+    seconds: float
+
+    @property
+    def images_per_s(self) -> float:
+        """Images of all splits per second."""
+        return sum(self.manifest.rows(split) for split in SPLITS) / self.seconds
+
+
+def ingest(
+    storage: Storage, source_spec: str, *, seed: int = 0, val_fraction: float = 0.1
+) -> Manifest:
+    """Ingest `mnist`, a folder or `torchvision:NAME`; return the manifest of the data set."""
+    config = IngestConfig(seed=seed, val_fraction=val_fraction)
+    return ingest_source(storage, source_spec, config).manifest
+
+
+def ingest_source(
+    storage: Storage, source_spec: str, config: IngestConfig, *, cache_dir: Path | None = None
+) -> Ingested:
+    """Ingest a source, or find that it was ingested already. Ray must be initialised.
+
+    Raises DataError naming file and row if a check fails, StorageError if the disk is full.
+    """
+    started_s = time.monotonic()
+    source = find_source(source_spec, cache_dir=cache_dir)
+    key_path = f"data/sources/{_source_key(source, config)}.json"
+    known = _known(storage, key_path)
+    if known is not None:
+        progress("ingest", f"data set {known.digest[:12]} is there already, made of {known.source}")
+        return Ingested(manifest=known, reused=True, seconds=time.monotonic() - started_s)
+    progress("ingest", f"reading {source.name} ({len(source.digests)} files or folders hashed)")
+    with Staging(storage) as staging:
+        opened = source.open(staging)
+        assigned = assign(opened, config)
+        results = _process(storage, _chunks(opened, assigned))
+    check_leaks(assigned, results, config)
+    built = build_manifest(source, opened, assigned, results, config)
+    manifest, reused = _publish(storage, built)
+    storage.write_json(key_path, {"digest": manifest.digest})
+    verb = "is there already" if reused else "published"
+    progress("ingest", f"data set {manifest.digest[:12]} {verb}")
+    return Ingested(manifest=manifest, reused=reused, seconds=time.monotonic() - started_s)
+
+
+def _source_key(source: Source, config: IngestConfig) -> str:
+    content = {
+        "digests": dict(source.digests),
+        "config": asdict(config),
+        "format_version": FORMAT_VERSION,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _known(storage: Storage, key_path: str) -> Manifest | None:
+    if not storage.exists(key_path):
+        return None
+    path = manifest_path(storage.read_json(key_path)["digest"])
+    if not storage.exists(path):
+        return None
+    manifest = Manifest.from_json(storage.read_json(path))
+    return manifest if not missing_shards(storage, manifest) else None
+
+
+def missing_shards(storage: Storage, manifest: Manifest) -> list[str]:
+    """Return the shards that are not there, or not of their size."""
+    paths = [storage.path(shard.path) for shard in manifest.shards]
+    infos = storage.filesystem.get_file_info(paths)
+    return [
+        shard.path
+        for shard, info in zip(manifest.shards, infos, strict=True)
+        if not info.is_file or info.size != shard.size_bytes
+    ]
+
+
+def _chunks(opened: Opened, assigned: Sequence[Assigned]) -> list[Chunk]:
+    step = chunk_rows(opened.shape)
+    ranges = [
+        (part, start, min(start + step, part.targets.size))
+        for part in assigned
+        for start in range(0, part.targets.size, step)
+    ]
+    return [
+        Chunk(
+            index=index,
+            shape=opened.shape,
+            labels=part.rows.labels[start:stop],
+            targets=part.targets[start:stop],
+            reader=part.rows.reader.part(start, stop),
+        )
+        for index, (part, start, stop) in enumerate(ranges)
+    ]
+
+
+def _process(storage: Storage, chunks: Sequence[Chunk]) -> list[ChunkResult]:
+    """Run the chunks through Ray Data; raise the first error that a task met."""
+    num_rows = sum(chunk.labels.size for chunk in chunks)
+    check_free_space(storage, num_rows * int(np.prod(chunks[0].shape)) // _BEST_COMPRESSION)
+    results: dict[int, ChunkResult] = {}
+    done_rows = 0
+    for result in _run(storage, chunks):
+        if isinstance(result, RaylineError):
+            raise result
+        results[result.index] = result
+        done_rows += len(result.row_ids)
+        progress(
+            "ingest",
+            f"{done_rows:,} of {num_rows:,} images, {len(results)} of {len(chunks)} chunks",
+        )
+    return [results[index] for index in range(len(chunks))]
+
+
+def _run(storage: Storage, chunks: Sequence[Chunk]) -> Iterator[ChunkResult | RaylineError]:
+    quiet_ray_data()
+    # As bytes: Arrow has no column type for objects.
+    items = [{"item": pickle.dumps(chunk)} for chunk in chunks]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    for row in dataset.map(ShardWriter(storage)).iter_rows():
+        yield pickle.loads(row["item"])
+
+
+def _publish(storage: Storage, built: Manifest) -> tuple[Manifest, bool]:
+    """Publish, unless this content is there: then return what is there, repaired if needed."""
+    path = manifest_path(built.digest)
+    if storage.create_json(path, built.to_json()):
+        return built, False
+    existing = Manifest.from_json(storage.read_json(path))
+    if not missing_shards(storage, existing):
+        return existing, True
+    storage.write_json(path, built.to_json())
+    return built, False

@@ -1,0 +1,115 @@
+"""The manifest of a data set: all that training and serving know about its images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lib.errors import DataError
+from lib.storage import Storage
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocess:
+    """How an uploaded picture becomes an array of the data set's shape."""
+
+    mode: str
+    """Pillow mode: `L` for one channel, `RGB` for three."""
+    fill: tuple[int, ...]
+    """Per channel, 0–255: the colour put beside a picture of another aspect ratio."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """One Parquet file: columns image (fixed-size binary, H·W·C bytes), label, row_id."""
+
+    split: str
+    path: str
+    """Relative to the storage root; named by content."""
+    rows: int
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a data set is. Published last, so a reader sees a whole data set or none."""
+
+    digest: str
+    """Names the data set: 32 hex digits over content, shape, classes and splits."""
+    source: str
+    source_digests: Mapping[str, str]
+    """Source file, or folder of pictures, → SHA-256."""
+    height: int
+    width: int
+    channels: int
+    class_names: tuple[str, ...]
+    counts: Mapping[str, tuple[int, ...]]
+    """Split → rows per class, in the order of `class_names`."""
+    split_digests: Mapping[str, str]
+    """Split → digest over its row ids and labels in order; readers check against it."""
+    pixel_mean: tuple[float, ...]
+    """Per channel over the train split, pixels scaled to 0–1."""
+    pixel_std: tuple[float, ...]
+    preprocess: Preprocess
+    shards: tuple[Shard, ...]
+    seed: int
+    """Seed of the validation split (and of test, where the source has none)."""
+    format_version: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width, channels of one image."""
+        return (self.height, self.width, self.channels)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    def rows(self, split: str) -> int:
+        """Return the number of rows of a split."""
+        return sum(self.counts[split])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Manifest:
+        """Rebuild a manifest from its JSON; raise DataError if it is of another format."""
+        if content.get("format_version") != 1:
+            raise DataError(
+                f"manifest format {content.get('format_version')!r} is unknown; ingest again"
+            )
+        fields = dict(content)
+        fields["class_names"] = tuple(fields["class_names"])
+        fields["counts"] = {split: tuple(counts) for split, counts in fields["counts"].items()}
+        fields["pixel_mean"] = tuple(fields["pixel_mean"])
+        fields["pixel_std"] = tuple(fields["pixel_std"])
+        preprocess = fields["preprocess"]
+        fields["preprocess"] = Preprocess(mode=preprocess["mode"], fill=tuple(preprocess["fill"]))
+        fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
+        return cls(**fields)
+
+
+def manifest_path(digest: str) -> str:
+    """Return where a data set's manifest is, relative to the storage root."""
+    return f"data/sets/{digest}.json"
+
+
+def load_manifest(storage: Storage, digest: str) -> Manifest:
+    """Read a data set's manifest; a unique prefix of the digest is enough."""
+    if storage.exists(manifest_path(digest)):
+        return Manifest.from_json(storage.read_json(manifest_path(digest)))
+    known = [path.rsplit("/", 1)[1].removesuffix(".json") for path in storage.list("data/sets")]
+    matches = [name for name in known if name.startswith(digest)] if digest else []
+    if len(matches) != 1:
+        raise DataError(
+            f"{'no' if not matches else 'more than one'} data set {digest!r}; "
+            f"known: {', '.join(name[:12] for name in known) or 'none, run jobs.ingest first'}"
+        )
+    return Manifest.from_json(storage.read_json(manifest_path(matches[0])))

@@ -1,0 +1,181 @@
+"""From a chunk of a source to Parquet shards: read, measure, write. Runs inside a task."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lib.data.checks import ROW_ID_BYTES, Labels, RowIds
+from lib.data.manifest import SPLITS, Shard
+from lib.data.readers import Images, Reader, Shape
+from lib.data.splits import TRAIN, Targets
+from lib.errors import RaylineError
+from lib.storage import Storage
+
+CHUNK_BYTES = 8 * 2**20
+"""Raw pixels of a chunk; with small images this decides."""
+MIN_CHUNK_ROWS = 1024
+MAX_CHUNK_BYTES = 128 * 2**20
+"""With large images this decides: a task holds a few times as much."""
+_ZSTD_LEVEL = 1
+_STATISTICS_PIXELS = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Consecutive rows of one split of a source."""
+
+    index: int
+    shape: Shape
+    labels: Labels
+    targets: Targets
+    """Per row: index of its split in `SPLITS`."""
+    reader: Reader
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkResult:
+    """What the driver needs to know of a chunk; small."""
+
+    index: int
+    shards: tuple[Shard, ...]
+    row_ids: RowIds
+    """(N, 16), in the order of the source."""
+    histogram: npt.NDArray[np.int64]
+    """(C, 256): how often each pixel value is there, in the train rows."""
+    border_sum: npt.NDArray[np.int64]
+    """Per channel, over the border pixels of the train rows."""
+    border_count: int
+
+
+def chunk_rows(shape: Shape) -> int:
+    """Return how many rows a chunk has: part of the format, since it decides the shards."""
+    row_bytes = int(np.prod(shape))
+    rows = max(CHUNK_BYTES // row_bytes, MIN_CHUNK_ROWS)
+    return max(1, min(rows, MAX_CHUNK_BYTES // row_bytes))
+
+
+def process_chunk(storage: Storage, chunk: Chunk) -> ChunkResult:
+    """Read a chunk, write a shard for each split that it has rows of, and measure it."""
+    images = chunk.reader.read(chunk.shape)
+    ids = row_ids(images)
+    shards = []
+    for target in np.unique(chunk.targets):
+        chosen = chunk.targets == target
+        # One split is the usual case of test: no copy then.
+        pixels = images if chosen.all() else images[chosen]
+        content = to_parquet(pixels, chunk.labels[chosen], ids[chosen])
+        shards.append(_store(storage, SPLITS[target], len(pixels), content))
+    train = images[chunk.targets == TRAIN]
+    border = _border_mask(chunk.shape)
+    border_pixels = train[:, border]
+    return ChunkResult(
+        index=chunk.index,
+        shards=tuple(shards),
+        row_ids=ids,
+        histogram=_histogram(train),
+        border_sum=border_pixels.sum(axis=(0, 1), dtype=np.int64),
+        border_count=border_pixels.shape[0] * border_pixels.shape[1],
+    )
+
+
+class ShardWriter:
+    """The Ray Data callable: a chunk in, its result out.
+
+    An error that the user can act on travels as a value: the message arrives as it is, without
+    Ray's retries and nested tracebacks.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Process one chunk."""
+        try:
+            result = process_chunk(self._storage, pickle.loads(row["item"]))
+        except RaylineError as error:
+            return {"item": pickle.dumps(error)}
+        return {"item": pickle.dumps(result)}
+
+
+def row_ids(images: Images) -> RowIds:
+    """Return the BLAKE2b-128 of every image's pixels, (N, 16): the same image, the same id."""
+    row_bytes = int(np.prod(images.shape[1:]))
+    content = np.ascontiguousarray(images).reshape(-1).data
+    digests = b"".join(
+        hashlib.blake2b(content[start : start + row_bytes], digest_size=ROW_ID_BYTES).digest()
+        for start in range(0, len(content), row_bytes)
+    )
+    return np.frombuffer(digests, dtype=np.uint8).reshape(-1, ROW_ID_BYTES)
+
+
+def to_parquet(images: Images, labels: Labels, ids: RowIds) -> pa.Buffer:
+    """Serialise rows; the same rows give the same bytes."""
+    table = pa.table(
+        {
+            "image": _fixed_size_binary(images.reshape(len(images), -1)),
+            "label": pa.array(labels, type=pa.int32()),
+            "row_id": _fixed_size_binary(ids),
+        }
+    )
+    shape = ",".join(str(side) for side in images.shape[1:])
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table.replace_schema_metadata({"rayline.shape": shape}),
+        sink,
+        row_group_size=len(images),
+        compression="zstd",
+        compression_level=_ZSTD_LEVEL,
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+    return sink.getvalue()
+
+
+def split_digest(ids: RowIds, labels: npt.NDArray[np.integer[Any]]) -> str:
+    """Return a digest over a split's rows in order."""
+    digest = hashlib.sha256(np.ascontiguousarray(ids).data)
+    digest.update(np.ascontiguousarray(labels, dtype="<i4").data)
+    return digest.hexdigest()[:32]
+
+
+def _fixed_size_binary(rows: npt.NDArray[np.uint8]) -> pa.Array:
+    buffer = pa.py_buffer(np.ascontiguousarray(rows))
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(rows.shape[1]), rows.shape[0], [None, buffer]
+    )
+
+
+def _store(storage: Storage, split: str, rows: int, content: pa.Buffer) -> Shard:
+    sha256 = hashlib.sha256(content).hexdigest()
+    path = f"data/shards/{sha256[:32]}.parquet"
+    # Named by content: a shard that is there is this one, of this ingest or an interrupted one.
+    if not storage.exists(path):
+        storage.write(path, content)
+    return Shard(split=split, path=path, rows=rows, sha256=sha256, size_bytes=content.size)
+
+
+def _histogram(images: Images) -> npt.NDArray[np.int64]:
+    channels = images.shape[3]
+    pixels = images.reshape(-1, channels)
+    histogram = np.zeros((channels, 256), dtype=np.int64)
+    # In pieces: bincount makes eight bytes of every pixel.
+    for start in range(0, len(pixels), _STATISTICS_PIXELS):
+        piece = pixels[start : start + _STATISTICS_PIXELS]
+        for channel in range(channels):
+            histogram[channel] += np.bincount(piece[:, channel], minlength=256)
+    return histogram
+
+
+def _border_mask(shape: Shape) -> npt.NDArray[np.bool_]:
+    border = np.ones(shape[:2], dtype=np.bool_)
+    border[1:-1, 1:-1] = False
+    return border

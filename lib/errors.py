@@ -1,0 +1,37 @@
+"""The errors that Rayline raises on purpose; each message says what to do next."""
+
+
+class RaylineError(Exception):
+    """Base of all errors that a user can act on; jobs print it without a traceback."""
+
+
+class ConfigError(RaylineError):
+    """A setting or argument is missing or out of range."""
+
+
+class DataError(RaylineError):
+    """A source or a data set is unusable; the message names the file and the row."""
+
+
+class StorageError(RaylineError):
+    """The storage root can't be read or written (full, missing, damaged)."""
+
+
+class SearchError(RaylineError):
+    """A sweep ended without a usable trial."""
+
+
+class RegistryError(RaylineError):
+    """A model version is unknown, or was refused by a gate."""
+
+
+class RefusedError(RegistryError):
+    """A gate refused to make a trial a version."""
+
+
+class ServingError(RaylineError):
+    """A version or the gateway did not come up, or a traffic policy is invalid."""
+
+
+class LineError(RaylineError):
+    """A part of the line (Ray, MLflow, Prometheus) did not start, answer or end."""

@@ -1,0 +1,239 @@
+"""Where a line keeps its state, and the environments that its parts, jobs and users get."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from lib.errors import ConfigError, LineError
+from lib.line.ports import RANGE_SIZE, read_ports, variable
+from lib.line.processes import LINE_VARIABLE, PART_VARIABLE
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+PRIVATE = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "1",
+}
+"""Nothing is reported to anyone."""
+
+# Of another cluster, or of the shell that a line was started from.
+_NOT_INHERITED = (
+    "RAY_ADDRESS",
+    "RAY_AUTH_TOKEN",
+    "RAY_NAMESPACE",
+    "RAYLINE_PROVENANCE",
+    "RAYLINE_MODEL",
+    "PYTHONPATH",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One line: what it runs itself, and what was given to it."""
+
+    home: Path
+    """RAYLINE_HOME: folder of its state."""
+    ports: Mapping[str, int]
+    host: str
+    """RAYLINE_HTTP_HOST: address that the inference port binds."""
+    ray_url: str | None
+    """RAY_API_SERVER_ADDRESS, if a cluster was given; else this line starts a head."""
+    mlflow_url: str | None
+    """MLFLOW_TRACKING_URI, if a server was given; else this line starts one."""
+    storage_uri: str | None
+    """RAYLINE_STORAGE, if given; else a folder in `home`."""
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Line:
+        """Read the settings; what this line's own env file says is not taken as given by a user."""
+        home = Path(env.get("RAYLINE_HOME") or PROJECT_ROOT / ".rayline").resolve()
+        try:
+            recorded = json.loads((home / "ports.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            recorded = {}
+        line = cls(
+            home=home,
+            ports=read_ports(env, recorded),
+            host=env.get("RAYLINE_HTTP_HOST") or "127.0.0.1",
+            ray_url=None,
+            mlflow_url=None,
+            storage_uri=env.get("RAYLINE_STORAGE") or None,
+        )
+        ray_url = (env.get("RAY_API_SERVER_ADDRESS") or "").rstrip("/")
+        mlflow_url = (env.get("MLFLOW_TRACKING_URI") or "").rstrip("/")
+        return cls(
+            home=home,
+            ports=line.ports,
+            host=line.host,
+            ray_url=ray_url if ray_url not in {"", line.dashboard_url} else None,
+            mlflow_url=mlflow_url if mlflow_url not in {"", line.tracking_uri} else None,
+            storage_uri=line.storage_uri,
+        )
+
+    def __post_init__(self) -> None:
+        """Check that a cluster elsewhere can reach what it is given."""
+        if self.ray_url is None or _is_loopback(urlsplit(self.ray_url).hostname or ""):
+            return
+        for name, value in (
+            ("MLFLOW_TRACKING_URI", self.mlflow_url),
+            ("RAYLINE_STORAGE", self.storage_uri),
+        ):
+            if value is None:
+                raise ConfigError(
+                    f"the cluster at {self.ray_url} can't reach this machine's loopback: set "
+                    f"{name} to one that it can reach"
+                )
+
+    @property
+    def line_id(self) -> str:
+        """Mark of this line's processes: one line per home folder."""
+        return hashlib.sha256(str(self.home).encode()).hexdigest()[:10]
+
+    @property
+    def ray_temp_dir(self) -> str:
+        """Ray's folder; short, since the paths of Unix sockets are limited to 107 bytes."""
+        return f"/tmp/rayline-{self.line_id}"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the parts' logs."""
+        return self.home / "logs"
+
+    @property
+    def dashboard_url(self) -> str:
+        """Ray's dashboard, which takes jobs and the Serve config."""
+        return self.ray_url or f"http://127.0.0.1:{self.ports['dashboard']}"
+
+    @property
+    def tracking_uri(self) -> str:
+        """The MLflow server."""
+        return self.mlflow_url or f"http://127.0.0.1:{self.ports['mlflow']}"
+
+    @property
+    def storage(self) -> str:
+        """The storage root."""
+        return self.storage_uri or str(self.home / "storage")
+
+    @property
+    def serve_url(self) -> str:
+        """Where the models answer; a given cluster is taken to serve on its dashboard's host."""
+        host = self.host if self.ray_url is None else urlsplit(self.ray_url).hostname
+        return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{self.ports['http']}"
+
+    @property
+    def node_ip(self) -> str:
+        """Address of the head. Ray swaps 127.0.0.1 for the machine's own; 127.0.0.2 it leaves."""
+        if sys.platform != "linux":
+            return "127.0.0.1"
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind(("127.0.0.2", 0))
+            except OSError:
+                return "127.0.0.1"
+        return "127.0.0.2"
+
+    def settings_env(self) -> dict[str, str]:
+        """Return what `lib.config.Settings` reads: for jobs, replicas and users alike."""
+        return {
+            **PRIVATE,
+            "RAYLINE_STORAGE": self.storage,
+            "MLFLOW_TRACKING_URI": self.tracking_uri,
+            "RAYLINE_HTTP_HOST": self.host,
+            "RAYLINE_HTTP_PORT": str(self.ports["http"]),
+            "RAY_API_SERVER_ADDRESS": self.dashboard_url,
+        }
+
+    def client_env(self) -> dict[str, str]:
+        """Return what a shell needs for `ray`, `serve`, `mlflow` and the jobs."""
+        env = {**self.settings_env(), "RAY_DASHBOARD_ADDRESS": self.dashboard_url}
+        if self.ray_url is None:
+            env |= {
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": str(self.home / "auth_token"),
+                "RAY_ADDRESS": f"{self.node_ip}:{self.ports['ray']}",
+            }
+        return env
+
+    def part_env(self, part: str) -> dict[str, str]:
+        """Return the whole environment of a part: marked, and deaf to other clusters."""
+        env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+        env |= self.client_env()
+        env.pop("RAY_ADDRESS", None)
+        env["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+        env |= {LINE_VARIABLE: self.line_id, PART_VARIABLE: part}
+        if part == "mlflow":
+            env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+            env.pop("MLFLOW_TRACKING_URI")
+        return env | self._ray_env() if part == "ray" else env
+
+    def _ray_env(self) -> dict[str, str]:
+        ports = {name: str(port) for name, port in self.ports.items()}
+        haproxy = f"{self.ray_temp_dir}/ha"
+        return {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            # HAProxy that crashed answers again after 8 s (measured); with the default, after 33.
+            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+            "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{haproxy}/haproxy.cfg",
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{haproxy}/admin.sock",
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{haproxy}/metrics.sock",
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": haproxy,
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{haproxy}/server-state",
+            "RAY_SERVE_HAPROXY_STATS_PORT": ports["haproxy_stats"],
+            "RAY_SERVE_HAPROXY_METRICS_PORT": ports["haproxy_metrics"],
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": ports["fallback"],
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": ports["fallback_grpc"],
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": ports["replicas"],
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(self.ports["replicas"] + RANGE_SIZE - 1),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": ports["replicas_grpc"],
+            "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(self.ports["replicas_grpc"] + RANGE_SIZE),
+            "AUTOSCALER_METRIC_PORT": ports["autoscaler_metrics"],
+            "DASHBOARD_METRIC_PORT": ports["dashboard_metrics"],
+            "RAY_PROMETHEUS_HOST": f"http://127.0.0.1:{ports['prometheus']}",
+        }
+
+    def prepare(self) -> None:
+        """Make the folders, the token, and the file that a user's shell sources."""
+        for folder in (self.home, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        Path(self.ray_temp_dir).mkdir(mode=0o700, exist_ok=True)
+        if Path(self.ray_temp_dir).stat().st_uid != os.getuid():
+            raise LineError(f"{self.ray_temp_dir} belongs to another user; set RAYLINE_HOME")
+        token = self.home / "auth_token"
+        if not token.exists():
+            _write(token, os.urandom(32).hex(), mode=0o600)
+        _write(self.home / "ports.json", json.dumps(dict(self.ports), indent=2) + "\n")
+        exports = [
+            f"export {name}={shlex.quote(value)}" for name, value in self.client_env().items()
+        ]
+        path = shlex.quote(str(Path(sys.executable).parent))
+        exports.append(f'case ":$PATH:" in *:{path}:*) ;; *) export PATH={path}:"$PATH" ;; esac')
+        header = "# Written by `make up`; read it into a shell with:  . .rayline/env\n"
+        _write(self.home / "env", header + "\n".join(exports) + "\n")
+
+    def port_variables(self) -> dict[str, str]:
+        """Return the ports as the variables that set them."""
+        return {variable(name): str(port) for name, port in self.ports.items()}
+
+
+def _is_loopback(host: str) -> bool:
+    return host in {"localhost", "::1"} or host.startswith("127.")
+
+
+def _write(path: Path, content: str, mode: int = 0o644) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(content)
+    os.chmod(temporary, mode)
+    os.replace(temporary, path)

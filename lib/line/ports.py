@@ -1,0 +1,129 @@
+"""Every port of the line, each a setting, and the error for one that is taken."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import psutil
+
+from lib.errors import ConfigError, LineError
+
+OFFSET_VARIABLE = "RAYLINE_PORT_OFFSET"
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One port: what listens there, and where by default."""
+
+    default: int
+    use: str
+
+
+PORTS: dict[str, Port] = {
+    "http": Port(8000, "inference"),
+    "dashboard": Port(8265, "Ray dashboard and jobs"),
+    "mlflow": Port(5000, "MLflow"),
+    "prometheus": Port(9090, "Prometheus"),
+    "ray": Port(6379, "Ray's control store"),
+    "ray_client": Port(10001, "Ray Client"),
+    "agent": Port(52365, "Ray's dashboard agent"),
+    "ray_metrics": Port(8085, "Ray's metrics"),
+    "autoscaler_metrics": Port(44217, "metrics of Ray's autoscaler"),
+    "dashboard_metrics": Port(44227, "metrics of Ray's dashboard"),
+    "haproxy_stats": Port(8404, "HAProxy's statistics"),
+    "haproxy_metrics": Port(9101, "HAProxy's metrics"),
+    "fallback": Port(8500, "Serve's fallback proxy"),
+    "fallback_grpc": Port(9600, "Serve's fallback proxy, gRPC"),
+    "replicas": Port(30000, "replicas, HTTP: first of 1,000"),
+    "replicas_grpc": Port(40000, "replicas, gRPC: first of 1,000"),
+}
+
+_RANGES = {"replicas", "replicas_grpc"}
+"""Serve takes the next port of these that is free."""
+FIXED_PORTS = tuple(name for name in PORTS if name not in _RANGES)
+RAY_PORTS = tuple(name for name in FIXED_PORTS if name not in {"mlflow", "prometheus"})
+RANGE_SIZE = 1000
+
+
+def variable(name: str) -> str:
+    """Return the environment variable that sets a port."""
+    return f"RAYLINE_{name.upper()}_PORT"
+
+
+def read_ports(env: Mapping[str, str], recorded: Mapping[str, int]) -> dict[str, int]:
+    """Return every port: its own variable, else the offset, else as last time, else the default.
+
+    Raises:
+        ConfigError: A variable is not a number, or the port is out of range or given twice.
+    """
+    offset = env.get(OFFSET_VARIABLE)
+    ports = {}
+    for name, port in PORTS.items():
+        if env.get(variable(name)):
+            ports[name] = _number(env, variable(name))
+        elif offset:
+            ports[name] = port.default + _number(env, OFFSET_VARIABLE)
+        else:
+            ports[name] = recorded.get(name, port.default)
+        last = ports[name] + (RANGE_SIZE if name in _RANGES else 0)
+        if not 0 < ports[name] <= last < 65536:
+            raise ConfigError(
+                f"port {ports[name]} ({port.use}) is out of range; change {variable(name)} or "
+                f"{OFFSET_VARIABLE}"
+            )
+    by_number: dict[int, str] = {}
+    for name, number in ports.items():
+        other = by_number.setdefault(number, name)
+        if other != name:
+            raise ConfigError(
+                f"port {number} is given to both {variable(other)} and {variable(name)}"
+            )
+    return ports
+
+
+def check_free(ports: Mapping[str, int], names: Iterable[str]) -> None:
+    """Raise LineError for the first port that something listens on, naming the process."""
+    for name in names:
+        if is_free(ports[name]):
+            continue
+        raise LineError(
+            f"port {ports[name]} ({PORTS[name].use}) is taken by {holder(ports[name])}; end that, "
+            f"or set {variable(name)} to a free port, or move all ports of the line with "
+            f"{OFFSET_VARIABLE}=1000"
+        )
+
+
+def is_free(port: int) -> bool:
+    """Whether nothing listens on a port, on any address of this machine."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # Else connections that have just ended would count as a listener.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            probe.listen(1)
+        except OSError:
+            return False
+    return True
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise ConfigError(f"{name}={env[name]!r} is not a number") from None
+
+
+def holder(port: int) -> str:
+    """Return who listens on a port, for people."""
+    try:
+        for connection in psutil.net_connections(kind="tcp"):
+            if connection.status != psutil.CONN_LISTEN or not connection.laddr:
+                continue
+            if connection.laddr.port == port and connection.pid:
+                command = " ".join(psutil.Process(connection.pid).cmdline())
+                return f"process {connection.pid} ({command[:80].strip()})"
+    except psutil.Error:
+        pass
+    return "a process of another user"

@@ -1,0 +1,142 @@
+"""Which code a job runs and who sent it, recorded where `.git` still is: at submission.
+
+Ray leaves `.git` out of what it uploads, so the commit, the uncommitted changes and the owner
+travel to the job in one environment variable.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import getpass
+import hashlib
+import json
+import os
+import subprocess
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lib.cli import progress
+from lib.errors import ConfigError
+
+VARIABLE = "RAYLINE_PROVENANCE"
+MAX_DIFF_BYTES = 64 * 1024
+"""Of the encoded diff: Linux limits one environment variable to 128 KiB."""
+
+_ROOT = Path(__file__).resolve().parents[1]
+_GIT_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance:
+    """The state of the code at submission."""
+
+    commit: str | None
+    """Full commit id; None when the code was in no git checkout."""
+    dirty: bool = False
+    """Whether files differed from the commit, or were not tracked."""
+    diff: str | None = None
+    """Uncommitted changes as a patch, then the names of untracked files; None if left out."""
+    diff_sha256: str | None = None
+    """Digest of the whole diff, kept also when the diff itself is too large to travel."""
+    owner: str | None = None
+    """User name of the person who submitted."""
+
+    def encode(self) -> str:
+        """Return the value of the environment variable."""
+        return json.dumps({**asdict(self), "diff": _pack(self.diff) if self.diff else None})
+
+    @classmethod
+    def decode(cls, encoded: str) -> Provenance:
+        """Rebuild from the environment variable; raise ConfigError if it is damaged."""
+        try:
+            fields = json.loads(encoded)
+            if fields["diff"] is not None:
+                fields["diff"] = zlib.decompress(base64.b64decode(fields["diff"])).decode()
+            return cls(**fields)
+        except (ValueError, KeyError, TypeError, zlib.error, binascii.Error) as error:
+            raise ConfigError(
+                f"{VARIABLE} is damaged ({error}); submit with `python -m jobs.submit`, "
+                "which writes it"
+            ) from error
+
+
+def collect(root: Path = _ROOT) -> Provenance:
+    """Read the state of the checkout at `root`; the commit is None where there is none."""
+    owner = _owner()
+    commit = _git(root, "rev-parse", "--verify", "HEAD")
+    # A copy without .git, unpacked below someone else's checkout, is not that checkout's code.
+    if not commit or not _git(root, "ls-files", "--", "."):
+        return Provenance(commit=None, owner=owner)
+    changes = _git(root, "diff", "HEAD", "--binary", "--no-color", "--no-ext-diff", "--", ".") or ""
+    untracked = _git(root, "ls-files", "--others", "--exclude-standard", "--", ".") or ""
+    diff = changes + "".join(f"untracked: {name}\n" for name in untracked.splitlines())
+    if not diff:
+        return Provenance(commit=commit.strip(), owner=owner)
+    return Provenance(
+        commit=commit.strip(),
+        dirty=True,
+        diff=diff if len(_pack(diff)) <= MAX_DIFF_BYTES else None,
+        diff_sha256=hashlib.sha256(diff.encode()).hexdigest(),
+        owner=owner,
+    )
+
+
+def current(env: Mapping[str, str] | None = None) -> Provenance:
+    """Return what was recorded at submission; else what the running checkout says.
+
+    When neither knows a commit, that is said loudly, once: the run can't be rebuilt.
+    """
+    return _current((os.environ if env is None else env).get(VARIABLE) or None)
+
+
+def describe(provenance: Provenance) -> str:
+    """Return one line for people: commit, whether it is dirty, owner."""
+    if provenance.commit is None:
+        return f"no git commit, by {provenance.owner or 'unknown'}"
+    state = ""
+    if provenance.dirty:
+        state = " with uncommitted changes"
+        if provenance.diff is None:
+            state += " (too many to record: only their SHA-256 is kept)"
+    return f"commit {provenance.commit[:12]}{state}, by {provenance.owner or 'unknown'}"
+
+
+@functools.cache
+def _current(encoded: str | None) -> Provenance:
+    provenance = Provenance.decode(encoded) if encoded else collect()
+    if provenance.commit is None:
+        progress(
+            "provenance",
+            "WARNING: no git commit is recorded for this run, so nobody can rebuild it; submit "
+            "from a git checkout with `python -m jobs.submit VERB ...`",
+        )
+    return provenance
+
+
+def _pack(diff: str) -> str:
+    return base64.b64encode(zlib.compress(diff.encode(), 9)).decode()
+
+
+def _owner() -> str | None:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # A container's user id without a passwd entry.
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """Return git's output; None when git is missing or says no."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            timeout=_GIT_TIMEOUT_S,
+            check=False,
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else None

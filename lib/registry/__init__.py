@@ -1,0 +1,1 @@
+"""The registry: every line that talks to MLflow."""

@@ -1,0 +1,164 @@
+"""From a checkpoint to a self-contained model: a torch.export program and its ONNX twin.
+
+Neither needs the project's code or a pickle to be loaded: uint8 images in, probabilities out.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import mlflow.pytorch
+import numpy as np
+import numpy.typing as npt
+import torch
+from mlflow.models import Model, ModelSignature
+from mlflow.types import Schema, TensorSpec
+
+from lib.data.manifest import Manifest
+from lib.errors import RefusedError, RegistryError
+from lib.registry.evaluate import EVALUATION_BATCH, predict_all
+from lib.registry.models import PT2_PATH
+from lib.serving.bundle import ONNX_FILE
+from lib.serving.predictor import OnnxPredictor
+from lib.train.model import ConvNet, ModelConfig, Served
+
+ONNX_OPSET = 18
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """A model in MLflow's layout, in a local folder."""
+
+    folder: Path
+
+    @property
+    def pt2_file(self) -> Path:
+        """The torch.export program."""
+        return self.folder / PT2_PATH
+
+    @property
+    def onnx_file(self) -> Path:
+        """Its ONNX twin."""
+        return self.folder / ONNX_FILE
+
+
+def load_served(checkpoint_file: Path, manifest: Manifest) -> Served:
+    """Rebuild the net of a checkpoint as it will be served, on the CPU.
+
+    Raises RegistryError if the file is damaged or belongs to images of another shape.
+    """
+    try:
+        content = torch.load(checkpoint_file, map_location="cpu", weights_only=True)
+        config = ModelConfig(**content["model_config"])
+        net = ConvNet(config)
+        net.load_state_dict(content["model"])
+    # Damage shows as an error of zip, pickle, torch, or the dict's, depending on the byte.
+    except Exception as error:
+        raise RegistryError(
+            f"checkpoint {checkpoint_file.name} can't be loaded ({type(error).__name__}: {error}); "
+            "train the trial again"
+        ) from error
+    shape = (config.height, config.width, config.channels)
+    if shape != manifest.shape or config.num_classes != manifest.num_classes:
+        raise RegistryError(
+            f"the checkpoint is for {config.num_classes} classes of {shape} images, data set "
+            f"{manifest.digest[:12]} has {manifest.num_classes} of {manifest.shape}; "
+            "register with the data set that the sweep was trained on"
+        )
+    return Served(net).eval()
+
+
+def export(
+    served: Served, example_NHWC: npt.NDArray[np.uint8], folder: Path, run_id: str
+) -> Exported:
+    """Write MLflow's model folder with the pt2 program, then the ONNX twin of that program.
+
+    The example needs two images or more: a batch of one would be taken for a constant.
+    """
+    exported = Exported(folder=folder)
+    shape = example_NHWC.shape[1:]
+    with torch.no_grad():
+        num_classes = served(torch.from_numpy(example_NHWC)).shape[1]
+    with _quiet():
+        mlflow.pytorch.save_model(
+            served,
+            str(folder),
+            mlflow_model=Model(run_id=run_id),
+            signature=ModelSignature(
+                inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *shape))]),
+                outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, num_classes))]),
+            ),
+            input_example=example_NHWC,
+            serialization_format="pt2",
+            pip_requirements=[f"{name}=={version(name)}" for name in ("mlflow", "torch", "numpy")],
+        )
+        # From the saved program, not from the net: what is served in ONNX is what lies beside it.
+        onnx_program: Any = torch.onnx.export(
+            torch.export.load(exported.pt2_file),
+            (),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["probabilities"],
+            opset_version=ONNX_OPSET,
+            verbose=False,
+        )
+        onnx_program.save(exported.onnx_file, external_data=False)
+    return exported
+
+
+def check_equal(
+    exported: Exported, images_NHWC: npt.NDArray[np.uint8], trial_run_id: str
+) -> tuple[npt.NDArray[np.float32], float]:
+    """Run both files over a split; return ONNX's probabilities and the largest difference.
+
+    Raises RefusedError if one image gets two labels: a version must not answer differently
+    with the runtime that happens to serve it.
+    """
+    onnx_NK = predict_all(OnnxPredictor(exported.onnx_file), images_NHWC)
+    with _quiet():
+        module = torch.export.load(exported.pt2_file).module()
+    differing, largest = 0, 0.0
+    for start in range(0, len(images_NHWC), EVALUATION_BATCH):
+        batch = images_NHWC[start : start + EVALUATION_BATCH]
+        with torch.inference_mode():
+            pt2_NK = module(torch.from_numpy(np.array(batch))).numpy()
+        other_NK = onnx_NK[start : start + EVALUATION_BATCH]
+        differing += int((pt2_NK.argmax(axis=1) != other_NK.argmax(axis=1)).sum())
+        largest = max(largest, float(np.abs(pt2_NK - other_NK).max()))
+    # Not a number compares as false everywhere: ask for what must hold.
+    if differing or not largest <= 1.0:
+        raise RefusedError(
+            f"trial {trial_run_id} is refused: its torch and ONNX exports give different labels "
+            f"for {differing} of {len(images_NHWC)} test images (largest difference of a "
+            f"probability: {largest:.2g}); register another trial, and report this model"
+        )
+    return onnx_NK, largest
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the exporters say about every model and nobody can act on."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # Channels-last weights are not "complete" to torch's archive writer; they are whole.
+            warnings.filterwarnings("ignore", message="No complete tensor found")
+            # About MLflow's own classes, whenever its pyfunc module is imported.
+            warnings.filterwarnings("ignore", message=".*Any type hint is inferred")
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,211 @@
+"""Versions of a registered model: what is known of each, how to name one, its serving bundle."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from lib.config import Settings
+from lib.errors import RegistryError
+from lib.registry.server import connect, download, explained
+from lib.serving.bundle import CARD_FILE, ONNX_FILE, Card, bundle_path, write_bundle
+from lib.storage import Storage
+
+PT2_PATH = "data/model.pt2"
+"""Where MLflow keeps the torch.export program inside a model's folder."""
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+TRIAL_TAG = "rayline.trial_run_id"
+"""Also what makes registering twice find the version of the first time."""
+READY_TAG = "rayline.ready"
+"""Set when a registration has done all it does: bundle published, aliases moved."""
+_PAGE = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What registration found out about a trial; each field is a tag `rayline.…` of the version."""
+
+    trial_run_id: str
+    sweep_run_id: str
+    data_digest: str
+    git_commit: str | None
+    git_dirty: bool
+    val_accuracy: float
+    """Of the exported model, like all the numbers here; the trial's own may be in bfloat16."""
+    test_accuracy: float
+    test_macro_accuracy: float
+    test_macro_f1: float
+    val_test_gap: float
+    per_class_accuracy: Mapping[str, float]
+    """On the test split."""
+    baseline_val_accuracy: float
+    onnx_max_difference: float
+    """Largest difference of a probability between the ONNX and the torch export on test."""
+    runtime: str
+    """What serves it: the faster one of those below."""
+    device: str
+    """Where the runtimes were compared."""
+    images_per_s: Mapping[str, Mapping[str, float]]
+    """Runtime → batch size → images/s, when it was registered."""
+
+    def to_tags(self) -> dict[str, str]:
+        """Return the tags of a version: text as it is, all else as JSON."""
+        tags = {}
+        for field in fields(Facts):
+            value = getattr(self, field.name)
+            tags[f"rayline.{field.name}"] = value if isinstance(value, str) else json.dumps(value)
+        return tags
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Version(Facts):
+    """A version of a registered model."""
+
+    name: str
+    version: int
+    aliases: tuple[str, ...]
+    created_ms: int
+    ready: bool
+    """False while its registration goes on, or after it was interrupted."""
+
+    @property
+    def run_id(self) -> str:
+        """MLflow run of the trial that trained it."""
+        return self.trial_run_id
+
+    @property
+    def bundle(self) -> str:
+        """Its serving bundle, relative to the storage root."""
+        return bundle_path(self.name, self.version, self.trial_run_id)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a job prints about a version, as JSON types."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "aliases": list(self.aliases),
+            "run_id": self.run_id,
+            "val_accuracy": self.val_accuracy,
+            "test_accuracy": self.test_accuracy,
+            "gap": self.val_test_gap,
+            "runtime": self.runtime,
+            "bundle": self.bundle,
+        }
+
+    @classmethod
+    def from_mlflow(cls, found: ModelVersion, aliases: tuple[str, ...]) -> Self:
+        """Read a version from its tags; raise RegistryError if it is not one of Rayline's."""
+        try:
+            facts = {
+                field.name: _decode(field.type, found.tags[f"rayline.{field.name}"])
+                for field in fields(Facts)
+            }
+        except (KeyError, ValueError) as error:
+            raise RegistryError(
+                f"version {found.version} of {found.name!r} was not made by `jobs.register`, or "
+                f"its tags were changed ({error}); serve only versions that it made"
+            ) from error
+        return cls(
+            name=found.name,
+            version=int(found.version),
+            aliases=aliases,
+            created_ms=int(found.creation_timestamp),
+            ready=found.tags.get(READY_TAG) == "true",
+            **facts,
+        )
+
+
+def versions(settings: Settings, name: str | None = None) -> list[Version]:
+    """Return a model's versions, oldest first; none if there is no such model.
+
+    Versions that something else than `jobs.register` put there are left out.
+    """
+    client = connect(settings)
+    with explained(settings, "listing versions"):
+        return [
+            Version.from_mlflow(found, aliases)
+            for found, aliases in _all_versions(client, name or settings.model)
+            if TRIAL_TAG in found.tags
+        ]
+
+
+def resolve(settings: Settings, name: str, ref: str) -> Version:
+    """Return the version that an alias or a number names, as it is now.
+
+    Raises RegistryError with what there is.
+    """
+    client = connect(settings)
+    with explained(settings, f"looking up {name!r}"):
+        known = _all_versions(client, name)
+    for found, aliases in known:
+        if ref in (str(found.version), *aliases):
+            return Version.from_mlflow(found, aliases)
+    there = ", ".join(
+        f"{found.version} ({', '.join(aliases)})" if aliases else str(found.version)
+        for found, aliases in known
+    )
+    raise RegistryError(
+        f"model {name!r} has no version {ref!r}; "
+        + (f"it has {there}" if there else "it has none: run jobs.tune, then jobs.register")
+    )
+
+
+def ensure_bundle(settings: Settings, storage: Storage, version: Version) -> str:
+    """Publish a version's serving bundle from MLflow unless it is there; return its path."""
+    if storage.exists(f"{version.bundle}/{CARD_FILE}"):
+        return version.bundle
+    client = connect(settings)
+    with explained(settings, f"finding the files of version {version.version}"):
+        source = client.get_model_version_download_uri(version.name, str(version.version))
+        if source.startswith("models:/"):
+            source = client.get_logged_model(source.removeprefix("models:/")).artifact_location
+    with tempfile.TemporaryDirectory(prefix="rayline-bundle-") as folder:
+        onnx, pt2, card = (
+            download(settings, f"{source}/{path}", Path(folder)).read_bytes()
+            for path in (ONNX_FILE, PT2_PATH, CARD_FILE)
+        )
+    content = {**json.loads(card), "name": version.name, "version": version.version}
+    return write_bundle(storage, Card.from_json(content), onnx, pt2)
+
+
+def _all_versions(client: MlflowClient, name: str) -> list[tuple[ModelVersion, tuple[str, ...]]]:
+    try:
+        alias_of = client.get_registered_model(name).aliases
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return []
+        raise
+    found: list[ModelVersion] = []
+    token: str | None = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", max_results=_PAGE, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            break
+    # The search leaves the aliases out.
+    return [
+        (
+            version,
+            tuple(
+                sorted(a for a, number in alias_of.items() if str(number) == str(version.version))
+            ),
+        )
+        for version in sorted(found, key=lambda version: int(version.version))
+    ]
+
+
+def _decode(annotation: Any, text: str) -> Any:
+    # Annotations are not evaluated here: `annotation` is their source text.
+    if annotation == "str" or (annotation == "str | None" and text != "null"):
+        return text
+    return json.loads(text)

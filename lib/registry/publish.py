@@ -1,0 +1,255 @@
+"""From one trial to one version: exported, gated, measured on test, logged, registered."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, Metric
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+
+from lib.cli import progress
+from lib.config import Settings
+from lib.data.loader import Split, read_splits
+from lib.data.manifest import Manifest
+from lib.registry.baseline import Baseline, check_against, ensure_baseline
+from lib.registry.evaluate import Evaluation, evaluate, predict_all
+from lib.registry.export import Exported, check_equal, export, load_served
+from lib.registry.models import Facts, Version, versions
+from lib.registry.runtime import Measured, measure_where_served
+from lib.registry.server import download
+from lib.registry.trials import Trial
+from lib.serving.bundle import CARD_FILE, Card
+from lib.serving.predictor import OnnxPredictor
+from lib.storage import Storage
+
+EVALUATION_FILE = "evaluation.json"
+"""Beside the model: the confusion matrix and all other numbers of the test split."""
+MODEL_NAME_TAG = "rayline.model"
+"""On a logged model: the registered model that it was logged for."""
+_PROBE_IMAGES = 512
+_METRICS_PER_REQUEST = 500
+
+
+@dataclass(kw_only=True, slots=True)
+class Publisher:
+    """One registration; reads the data set and the baseline when first needed, and once."""
+
+    settings: Settings
+    storage: Storage
+    manifest: Manifest
+    client: MlflowClient
+    _splits: Mapping[str, Split] = field(default_factory=dict, init=False)
+    _baseline: Baseline | None = field(default=None, init=False)
+
+    def ensure_version(self, trial: Trial) -> Version:
+        """Return the trial's version, made now if it has none.
+
+        Raises RefusedError if a gate refuses the trial; nothing of it is then left in MLflow.
+        """
+        known = self._versions_of(trial)
+        if known:
+            progress("register", f"trial {trial.run_id} is version {known[0].version} already")
+            return known[0]
+        self._remove_leftovers(trial)
+        with tempfile.TemporaryDirectory(prefix="rayline-register-") as folder:
+            start_s = time.monotonic()
+            checkpoint = download(self.settings, trial.checkpoint_uri, Path(folder))
+            example_NHWC = self._split("test").images_NHWC[:2].copy()
+            served = load_served(checkpoint, self.manifest)
+            exported = export(served, example_NHWC, Path(folder) / "model", trial.run_id)
+            seconds = time.monotonic() - start_s
+            progress("register", f"trial {trial.run_id}: exported in {seconds:.1f} s")
+            facts, evaluation = self._measure(trial, exported)
+            self._write_descriptions(exported, facts, evaluation)
+            model_id = self._log_model(trial, exported)
+        self._log_metrics(trial, model_id, facts, evaluation)
+        return self._create_version(trial, model_id, facts)
+
+    def _versions_of(self, trial: Trial) -> list[Version]:
+        return [
+            version for version in versions(self.settings) if version.trial_run_id == trial.run_id
+        ]
+
+    def _split(self, name: str) -> Split:
+        if not self._splits:
+            progress("register", "reading the validation and test splits")
+            self._splits = read_splits(self.storage, self.manifest, ["val", "test"])
+        return self._splits[name]
+
+    def _measure(self, trial: Trial, exported: Exported) -> tuple[Facts, Evaluation]:
+        names, val, test = self.manifest.class_names, self._split("val"), self._split("test")
+        if self._baseline is None:
+            self._baseline = ensure_baseline(self.storage, self.manifest)
+        onnx = OnnxPredictor(exported.onnx_file)
+        on_val = evaluate(val.labels_N, predict_all(onnx, val.images_NHWC), names)
+        check_against(self._baseline, on_val.accuracy, trial.run_id)
+        probabilities_NK, difference = check_equal(exported, test.images_NHWC, trial.run_id)
+        on_test = evaluate(test.labels_N, probabilities_NK, names)
+        speed = measure_where_served(
+            exported.onnx_file.read_bytes(),
+            exported.pt2_file.read_bytes(),
+            test.images_NHWC[:_PROBE_IMAGES],
+        )
+        facts = Facts(
+            trial_run_id=trial.run_id,
+            sweep_run_id=trial.sweep_run_id,
+            data_digest=self.manifest.digest,
+            git_commit=trial.git_commit,
+            git_dirty=trial.git_dirty,
+            val_accuracy=on_val.accuracy,
+            test_accuracy=on_test.accuracy,
+            test_macro_accuracy=on_test.macro_accuracy,
+            test_macro_f1=on_test.macro_f1,
+            val_test_gap=on_val.accuracy - on_test.accuracy,
+            per_class_accuracy=on_test.per_class_accuracy,
+            baseline_val_accuracy=self._baseline.val_accuracy,
+            onnx_max_difference=difference,
+            runtime=speed.fastest,
+            device=speed.device,
+            images_per_s=speed.rounded(),
+        )
+        _report(facts, speed)
+        return facts, on_test
+
+    def _write_descriptions(self, exported: Exported, facts: Facts, on_test: Evaluation) -> None:
+        manifest = self.manifest
+        card = Card(
+            name=self.settings.model,
+            version=0,
+            run_id=facts.trial_run_id,
+            data_digest=manifest.digest,
+            height=manifest.height,
+            width=manifest.width,
+            channels=manifest.channels,
+            class_names=manifest.class_names,
+            preprocess=manifest.preprocess,
+            runtime=facts.runtime,
+            git_commit=facts.git_commit,
+            test_accuracy=facts.test_accuracy,
+        ).to_json()
+        # The registry gives the number afterwards: the bundle's card has it.
+        del card["version"]
+        _write_json(exported.folder / CARD_FILE, card)
+        _write_json(exported.folder / EVALUATION_FILE, on_test.to_json(manifest.class_names))
+
+    def _log_model(self, trial: Trial, exported: Exported) -> str:
+        # In steps, not by mlflow.pytorch.log_model: that would export once more, so what was
+        # checked would not be what is stored; and it works through process-wide state.
+        client = self.client
+        run = client.get_run(trial.run_id)
+        logged = client.create_logged_model(
+            trial.experiment_id,
+            name="model",
+            source_run_id=trial.run_id,
+            model_type="classifier",
+            tags={MODEL_NAME_TAG: self.settings.model},
+            params=run.data.params,
+        )
+        description = Model.load(str(exported.folder))
+        description.model_id = description.model_uuid = logged.model_id
+        description.artifact_path = logged.artifact_location
+        description.save(str(exported.folder / "MLmodel"))
+        client.log_model_artifacts(logged.model_id, str(exported.folder))
+        client.log_outputs(trial.run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        client.finalize_logged_model(logged.model_id, "READY")
+        return str(logged.model_id)
+
+    def _log_metrics(self, trial: Trial, model_id: str, facts: Facts, on_test: Evaluation) -> None:
+        values = {
+            "test_accuracy": facts.test_accuracy,
+            "test_macro_accuracy": facts.test_macro_accuracy,
+            "test_macro_f1": facts.test_macro_f1,
+            "val_test_gap": facts.val_test_gap,
+            "served_val_accuracy": facts.val_accuracy,
+            "baseline_val_accuracy": facts.baseline_val_accuracy,
+        }
+        for name, rates in facts.images_per_s.items():
+            values |= {f"images_per_s/{name}_batch_{size}": rate for size, rate in rates.items()}
+        # By number: MLflow takes no metric names with all the letters that a class may have.
+        for index, name in enumerate(self.manifest.class_names):
+            if name in on_test.per_class_accuracy:
+                values[f"test_accuracy_class/{index}"] = on_test.per_class_accuracy[name]
+        now_ms = int(time.time() * 1000)
+        metrics = [
+            Metric(
+                key,
+                value,
+                now_ms,
+                0,
+                model_id=model_id,
+                dataset_name=dataset_name(self.manifest),
+                dataset_digest=self.manifest.digest,
+            )
+            for key, value in values.items()
+        ]
+        for start in range(0, len(metrics), _METRICS_PER_REQUEST):
+            self.client.log_batch(
+                trial.run_id, metrics=metrics[start : start + _METRICS_PER_REQUEST]
+            )
+        self.client.log_dict(
+            trial.run_id, on_test.to_json(self.manifest.class_names), EVALUATION_FILE
+        )
+
+    def _create_version(self, trial: Trial, model_id: str, facts: Facts) -> Version:
+        name = self.settings.model
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        created = self.client.create_model_version(
+            name,
+            source=f"models:/{model_id}",
+            run_id=trial.run_id,
+            model_id=model_id,
+            tags=facts.to_tags(),
+            await_creation_for=0,
+        )
+        first = self._versions_of(trial)[0]
+        if first.version != int(created.version):
+            # Someone registered the same sweep in the same seconds: the earlier one stays.
+            self.client.delete_model_version(name, created.version)
+            self.client.delete_logged_model(model_id)
+        else:
+            progress("register", f"trial {trial.run_id} is now {name} version {first.version}")
+        return first
+
+    def _remove_leftovers(self, trial: Trial) -> None:
+        """Delete models that an interrupted registration logged but never registered."""
+        logged = self.client.search_logged_models(
+            [trial.experiment_id],
+            filter_string=f"source_run_id = '{trial.run_id}'",
+        )
+        for model in logged:
+            if model.tags.get(MODEL_NAME_TAG) == self.settings.model:
+                self.client.delete_logged_model(model.model_id)
+
+
+def dataset_name(manifest: Manifest) -> str:
+    """Return what MLflow calls the data set; with its digest, metrics can be ranked on it."""
+    return manifest.source.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _report(facts: Facts, speed: Measured) -> None:
+    progress(
+        "register",
+        f"trial {facts.trial_run_id}: accuracy {facts.val_accuracy:.4f} on validation, "
+        f"{facts.test_accuracy:.4f} on test; torch and ONNX give the same labels",
+    )
+    rates = "; ".join(
+        f"{name} " + ", ".join(f"{rate:,.0f} at batch {size}" for size, rate in sizes.items())
+        for name, sizes in speed.images_per_s.items()
+    )
+    progress("register", f"images/s on {speed.device}: {rates}; serving with {speed.fastest}")

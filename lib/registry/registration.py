@@ -1,0 +1,102 @@
+"""From the trials of a sweep to versions of a registered model, and their aliases.
+
+Every step can be interrupted: the next `register` of the same sweep goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mlflow import MlflowClient
+
+from lib.cli import progress
+from lib.config import Settings
+from lib.data.manifest import Manifest
+from lib.errors import RefusedError, RegistryError
+from lib.registry.models import (
+    CHALLENGER,
+    CHAMPION,
+    READY_TAG,
+    Version,
+    ensure_bundle,
+    versions,
+)
+from lib.registry.publish import Publisher
+from lib.registry.server import connect, explained
+from lib.registry.trials import ranked_trials
+from lib.serving.bundle import bundle_path
+from lib.storage import Storage
+
+
+def register(
+    settings: Settings,
+    storage: Storage,
+    manifest: Manifest,
+    sweep_run_id: str,
+    num_versions: int = 2,
+) -> list[Version]:
+    """Make the best trials of a sweep versions of the model; return these versions, best first.
+
+    A trial that has its version keeps it. The first registration makes the best one champion and
+    the next one challenger; once there is a champion, the best new version becomes challenger.
+    Raises RefusedError if the best trial is refused; a later one is left out, and that is said.
+    """
+    if num_versions < 1:
+        raise RegistryError(f"num_versions={num_versions} must be at least 1")
+    # The name is part of paths and of MLflow's queries: check it before any work.
+    bundle_path(settings.model, 1, "")
+    client = connect(settings)
+    with explained(settings, f"registering sweep {sweep_run_id}"):
+        trials = ranked_trials(client, sweep_run_id, manifest.digest)[:num_versions]
+        if len(trials) < num_versions:
+            progress(
+                "register",
+                f"asked for {num_versions} versions, but only {len(trials)} trial of the sweep "
+                "finished: registering that",
+            )
+        publisher = Publisher(settings=settings, storage=storage, manifest=manifest, client=client)
+        registered: list[Version] = []
+        for trial in trials:
+            try:
+                version = publisher.ensure_version(trial)
+            except RefusedError as error:
+                if not registered:
+                    raise
+                progress("register", f"left out: {error}")
+                continue
+            ensure_bundle(settings, storage, version)
+            registered.append(version)
+        _complete(client, settings, registered)
+        by_number = {version.version: version for version in versions(settings)}
+    return [by_number[version.version] for version in registered]
+
+
+def choose_aliases(pending: Sequence[int], champion: int | None) -> dict[str, int]:
+    """Return which aliases a registration sets.
+
+    Args:
+        pending: Versions whose registration is not complete, best first.
+        champion: The version that is champion now.
+    """
+    aliases: dict[str, int] = {}
+    if champion is None and pending:
+        champion = aliases[CHAMPION] = pending[0]
+    challengers = [number for number in pending if number != champion]
+    if challengers:
+        aliases[CHALLENGER] = challengers[0]
+    return aliases
+
+
+def _complete(client: MlflowClient, settings: Settings, registered: Sequence[Version]) -> None:
+    pending = [version.version for version in registered if not version.ready]
+    if not pending:
+        return
+    current = client.get_registered_model(settings.model).aliases
+    champion = int(current[CHAMPION]) if CHAMPION in current else None
+    for alias, number in choose_aliases(pending, champion).items():
+        client.set_registered_model_alias(settings.model, alias, str(number))
+        progress("register", f"{settings.model} version {number} is now {alias}")
+    # Last: until then, the next registration of the sweep sets the aliases again; afterwards
+    # it leaves alone what people or a rollout have decided since.
+    for number in pending:
+        client.set_model_version_tag(settings.model, str(number), READY_TAG, "true")

@@ -1,0 +1,99 @@
+"""A version's bundle: what a replica needs, kept under the storage root.
+
+Serving reads bundles only, so replicas start, and restart, while MLflow is away.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.data.manifest import Preprocess
+from lib.errors import StorageError
+from lib.storage import Storage
+
+ONNX_FILE = "model.onnx"
+PT2_FILE = "model.pt2"
+CARD_FILE = "card.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """What serving knows about a version beyond its weights."""
+
+    name: str
+    version: int
+    run_id: str
+    """MLflow run of the trial."""
+    data_digest: str
+    height: int
+    width: int
+    channels: int
+    class_names: tuple[str, ...]
+    preprocess: Preprocess
+    runtime: str
+    """`onnxruntime` or `torch`, whichever was faster when the version was registered."""
+    git_commit: str | None
+    test_accuracy: float
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width, channels of one image."""
+        return (self.height, self.width, self.channels)
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one raw image."""
+        return self.height * self.width * self.channels
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the card as JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Card:
+        """Rebuild a card from its JSON."""
+        fields = dict(content)
+        fields["class_names"] = tuple(fields["class_names"])
+        fields["preprocess"] = Preprocess(
+            mode=fields["preprocess"]["mode"], fill=tuple(fields["preprocess"]["fill"])
+        )
+        return cls(**fields)
+
+
+def bundle_path(name: str, version: int, run_id: str) -> str:
+    """Return a version's folder relative to the storage root.
+
+    The run is part of the name: a registry that starts again at version 1 must not meet the files
+    of an older version 1.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise StorageError(f"model name {name!r} may hold only letters, digits, `_`, `.` and `-`")
+    return f"models/{name}/{version}-{run_id[:8]}"
+
+
+def write_bundle(storage: Storage, card: Card, onnx: bytes, pt2: bytes) -> str:
+    """Publish a bundle, its card last, and return its path."""
+    path = bundle_path(card.name, card.version, card.run_id)
+    storage.write(f"{path}/{ONNX_FILE}", onnx)
+    storage.write(f"{path}/{PT2_FILE}", pt2)
+    storage.write_json(f"{path}/{CARD_FILE}", card.to_json())
+    return path
+
+
+def read_card(storage: Storage, path: str) -> Card:
+    """Read a bundle's card; raise StorageError if the bundle was never published."""
+    return Card.from_json(storage.read_json(f"{path}/{CARD_FILE}"))
+
+
+def local_model_file(storage: Storage, path: str, file_name: str) -> Path:
+    """Return a bundle's model file on a local disk, fetched there first if storage is remote."""
+    if storage.is_local:
+        return Path(storage.path(f"{path}/{file_name}"))
+    target = Path(tempfile.mkdtemp(prefix="rayline-bundle-")) / file_name
+    target.write_bytes(storage.read(f"{path}/{file_name}"))
+    return target

@@ -1,0 +1,82 @@
+"""From the traffic policy to Serve's declarative config: one application per model version."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lib.config import Settings
+from lib.storage import Storage
+
+GATEWAY = "gateway"
+VERSION_DEPLOYMENT = "Version"
+
+_ROOT = Path(__file__).parents[2]
+
+
+def version_application(name: str, version: int) -> str:
+    """Return the name of a version's Serve application."""
+    return f"{name}-v{version}"
+
+
+def publish_code(storage: Storage) -> str:
+    """Put the code that replicas run under the storage root and return its URI.
+
+    The archive is named by its content: an application keeps the URI that it was first deployed
+    with, so deploying one version never restarts another. Ray would drop an uploaded working
+    directory once no replica uses it; this one is there when a version comes back from zero.
+    """
+    files = sorted(
+        path
+        for folder in ("lib", "serve_apps")
+        for path in (_ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".yaml")
+    )
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in files:
+            # A fixed date, so that equal code gives equal bytes.
+            entry = zipfile.ZipInfo(path.relative_to(_ROOT).as_posix(), (1980, 1, 1, 0, 0, 0))
+            archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+    content = buffer.getvalue()
+    relative = f"code/{hashlib.sha256(content).hexdigest()[:16]}.zip"
+    if not storage.exists(relative):
+        storage.write(relative, content)
+    if storage.is_local:
+        return f"file://{storage.path(relative)}"
+    return f"{storage.uri.rstrip('/')}/{relative}"
+
+
+def application(
+    settings: Settings, live: Mapping[str, Any], code_uri: str, *, name: str, bundle: str | None
+) -> dict[str, Any]:
+    """Return the config of the gateway (no bundle) or of one version.
+
+    An application that is live keeps its code and options; only one of another bundle is new.
+    """
+    args = {"storage": settings.storage} | ({"bundle": bundle} if bundle else {})
+    if name in live and live[name].get("args") == args:
+        return dict(live[name])
+    template = yaml.safe_load((_ROOT / "serve_apps" / "config.yaml").read_text())
+    return {
+        **template["version" if bundle else "gateway"],
+        "name": name,
+        "route_prefix": None if bundle else "/",
+        "args": args,
+        "runtime_env": {"working_dir": code_uri},
+    }
+
+
+def serve_config(settings: Settings, applications: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the whole document for Serve's REST API."""
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": settings.http_host, "port": settings.http_port},
+        "applications": sorted(applications, key=lambda config: str(config["name"])),
+    }

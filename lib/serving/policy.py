@@ -1,0 +1,72 @@
+"""Where the traffic policy lives: one file a generation, and the newest one counts.
+
+Creating the next generation's file is the one commit point of every change, and the files are the
+history. Gateways look for the next file several times a second, which on a local disk costs
+microseconds and needs no process beside storage; the last policy read stays in force meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from lib.errors import ServingError
+from lib.serving.traffic import ModelTraffic, Policy
+from lib.storage import Storage
+
+
+def _path(generation: int) -> str:
+    return f"traffic/{generation:08d}.json"
+
+
+def current(storage: Storage, *, known: Policy | None = None) -> Policy | None:
+    """Return the newest policy, or None before the first; `known` saves the listing."""
+    if known is None:
+        files = storage.list("traffic")
+        if not files:
+            return None
+        return Policy.from_json(storage.read_json(files[-1]))
+    while storage.exists(_path(known.generation + 1)):
+        known = Policy.from_json(storage.read_json(_path(known.generation + 1)))
+    return known
+
+
+def commit(
+    storage: Storage,
+    base: Policy | None,
+    models: Mapping[str, ModelTraffic],
+    *,
+    default_model: str,
+    who: str,
+    why: str,
+) -> Policy:
+    """Publish the policy that follows `base`.
+
+    Raises ServingError if somebody else changed the policy since `base` was read: nothing is
+    overwritten, and the caller decides again from what is there now.
+    """
+    policy = Policy(
+        generation=base.generation + 1 if base else 1,
+        models=dict(models),
+        default_model=default_model,
+        who=who,
+        why=why,
+        when=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    if not storage.create_json(_path(policy.generation), policy.to_json()):
+        raise ServingError(
+            f"the traffic policy was changed meanwhile (generation {policy.generation} exists); "
+            "look at GET /traffic and run the command again"
+        )
+    return policy
+
+
+def acknowledge(storage: Storage, gateway: str, generation: int) -> None:
+    """Record that a gateway routes by this generation and has nothing in flight by older ones."""
+    storage.write_json(f"gateways/{gateway}.json", {"generation": generation})
+
+
+def acknowledged(storage: Storage, gateway: str) -> int:
+    """Return the generation that a gateway acknowledged last, 0 before the first."""
+    path = f"gateways/{gateway}.json"
+    return int(storage.read_json(path)["generation"]) if storage.exists(path) else 0

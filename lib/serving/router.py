@@ -1,0 +1,158 @@
+"""The gateway's core: choose a version, batch for it, answer. No HTTP and no Serve in here."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lib.serving import policy as policies
+from lib.serving.batcher import Batcher, Predict, QueueFull, Unavailable
+from lib.serving.bundle import Card, read_card
+from lib.serving.payload import PayloadError
+from lib.serving.traffic import ModelTraffic, Policy, choose
+from lib.storage import Storage
+
+Images = npt.NDArray[np.uint8]
+Probabilities = npt.NDArray[np.float32]
+MakePredict = Callable[[Card, str], Awaitable[Predict]]
+
+RETRY_AFTER_S = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A version that answers: its card, and the batcher in front of its replicas."""
+
+    card: Card
+    bundle: str
+    batcher: Batcher
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One consistent state of routing; a request uses the table that it started with."""
+
+    policy: Policy
+    versions: Mapping[tuple[str, int], Version]
+
+    def model(self, name: str | None) -> tuple[str, ModelTraffic]:
+        """Return a model's name and traffic; raise PayloadError 404 for an unknown one."""
+        name = name or self.policy.default_model
+        traffic = self.policy.models.get(name)
+        if traffic is None:
+            known = ", ".join(sorted(self.policy.models))
+            raise PayloadError(404, f"no model {name!r} is served; there are: {known}")
+        return name, traffic
+
+    def pick(self, name: str | None, pin: str | None, key: str) -> Version:
+        """Return the version for a request; raise PayloadError 404 for an unknown one."""
+        name, traffic = self.model(name)
+        if pin is None:
+            number = choose(traffic.weights, key)
+        elif pin.isdecimal() and len(pin) < 10 and int(pin) in traffic.bundles:
+            number = int(pin)
+        else:
+            known = ", ".join(str(version) for version in sorted(traffic.bundles))
+            raise PayloadError(404, f"no version {pin!r} of {name} is served; there are: {known}")
+        return self.versions[name, number]
+
+
+class Router:
+    """Follows the traffic policy and answers images."""
+
+    def __init__(
+        self, storage: Storage, make_predict: MakePredict, *, deadline_s: float = 30.0
+    ) -> None:
+        self._storage = storage
+        self._make_predict = make_predict
+        self._deadline_s = deadline_s
+        self._table: Table | None = None
+        self._retired: list[Batcher] = []
+
+    @property
+    def table(self) -> Table:
+        """The state of routing now; raises PayloadError 503 before the first deploy."""
+        if self._table is None:
+            raise PayloadError(503, "no model is deployed yet; run jobs.deploy")
+        return self._table
+
+    async def refresh(self) -> bool:
+        """Read the policy and, if it is newer, build the next table; return whether it changed.
+
+        Requests go on with the old table until the new one is whole.
+        """
+        known = self._table.policy if self._table else None
+        policy = await asyncio.to_thread(policies.current, self._storage, known=known)
+        if policy is None or (known and policy.generation == known.generation):
+            return False
+        old = self._table.versions if self._table else {}
+        versions: dict[tuple[str, int], Version] = {}
+        for name, traffic in policy.models.items():
+            for number, bundle in traffic.bundles.items():
+                version = old.get((name, number))
+                if version is None or version.bundle != bundle:
+                    card = await asyncio.to_thread(read_card, self._storage, bundle)
+                    predict = await self._make_predict(card, bundle)
+                    version = Version(card, bundle, Batcher(predict))
+                versions[name, number] = version
+        kept = {id(version) for version in versions.values()}
+        self._retired += [version.batcher for version in old.values() if id(version) not in kept]
+        self._table = Table(policy, versions)
+        return True
+
+    async def drained(self) -> None:
+        """Wait until versions that left the policy have nothing queued or in flight."""
+        retired, self._retired = self._retired, []
+        for batcher in retired:
+            await batcher.wait_idle()
+
+    async def answer(self, version: Version, images_NHWC: Images) -> Probabilities:
+        """Return probabilities; raise PayloadError 503 if the version is overloaded or away."""
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await version.batcher.submit(images_NHWC)
+        except QueueFull:
+            raise PayloadError(
+                503, f"version {version.card.version} is overloaded; try again"
+            ) from None
+        except (TimeoutError, Unavailable):
+            raise PayloadError(
+                503,
+                f"version {version.card.version} gave no answer in time; "
+                "try again, and look at `serve status`",
+            ) from None
+
+
+def with_retries(
+    predict: Predict,
+    retriable: tuple[type[BaseException], ...],
+    *,
+    deadline_s: float,
+    first_pause_s: float = 0.05,
+) -> Predict:
+    """Repeat calls that failed because a replica went away; at the deadline raise Unavailable.
+
+    Inference changes nothing, so a call can be repeated safely on another replica, or on the one
+    that takes the lost one's place.
+    """
+
+    async def call(images_NHWC: Images) -> Probabilities:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + deadline_s
+        pause_s = first_pause_s
+        while True:
+            try:
+                async with asyncio.timeout_at(end):
+                    return await predict(images_NHWC)
+            except retriable as error:
+                if loop.time() + pause_s > end:
+                    raise Unavailable(str(error)) from error
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
+                pause_s = min(2 * pause_s, 1.0)
+
+    return call

@@ -1,0 +1,1 @@
+"""Rayline on Ray Serve: the gateway and the model versions behind it."""

@@ -1,0 +1,203 @@
+"""The gateway's ASGI side: routes, body limits, errors as JSON, the OpenAPI document.
+
+A framework's router, request object and validation would cost more than the whole answer does, so
+requests are taken apart here; FastAPI only writes the OpenAPI document, from the same table.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from pydantic import BaseModel
+
+from lib.serving.feedback import REQUEST_ID
+from lib.serving.payload import MAX_BODY_BYTES, PayloadError
+from lib.serving.router import RETRY_AFTER_S
+from serve_apps import schemas
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Header = tuple[bytes, bytes]
+
+JSON: Header = (b"content-type", b"application/json")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Call:
+    """One request, taken apart."""
+
+    params: Mapping[str, str]
+    headers: Mapping[bytes, bytes]
+    body: bytes
+    request_id: str
+
+    def header(self, name: bytes) -> str | None:
+        """Return a header's value, None if it is not there."""
+        value = self.headers.get(name)
+        return None if value is None else value.decode("latin-1")
+
+
+@dataclass(slots=True)
+class Reply:
+    """One response."""
+
+    body: bytes
+    status: int = 200
+    headers: list[Header] = field(default_factory=lambda: [JSON])
+
+
+Handler = Callable[[Call], Awaitable[Reply]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Route:
+    """A path, what handles it, and what the OpenAPI document says of it."""
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    response: type[BaseModel] | None = None
+    request: Mapping[str, Any] | None = None
+    """Content type → schema of the body."""
+    errors: tuple[int, ...] = ()
+
+
+def json_reply(content: Any, status: int = 200) -> Reply:
+    """Return a JSON response."""
+    return Reply(orjson.dumps(content), status)
+
+
+class App:
+    """An ASGI application over a table of routes."""
+
+    def __init__(self, routes: list[Route], *, title: str, description: str) -> None:
+        self._exact: dict[str, dict[str, Route]] = {}
+        self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
+        docs = [
+            Route(method="GET", path="/docs", handler=self._docs, summary="This page."),
+            Route(method="GET", path="/openapi.json", handler=self._openapi, summary="OpenAPI."),
+        ]
+        for route in [*routes, *docs]:
+            if "{" not in route.path:
+                self._exact.setdefault(route.path, {})[route.method] = route
+                continue
+            pattern = re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", route.path))
+            known = next((methods for other, methods in self._patterns if other == pattern), None)
+            if known is None:
+                self._patterns.append((pattern, {route.method: route}))
+            else:
+                known[route.method] = route
+        self._title, self._description = title, description
+        self._document: bytes | None = None
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] != "http":
+            return
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1") or uuid.uuid4().hex
+        try:
+            if not REQUEST_ID.fullmatch(request_id):
+                raise PayloadError(400, "X-Request-Id: at most 128 letters, digits, `.`, `_`, `-`")
+            route, params = self._match(scope["method"], scope["path"])
+            body = await _read(headers, receive) if scope["method"] == "POST" else b""
+            reply = await route.handler(Call(params, headers, body, request_id))
+        except PayloadError as error:
+            reply = json_reply({"error": error.message, "request_id": request_id}, error.status)
+            if error.status == 503:
+                reply.headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+        except Exception:
+            _log.exception("request %s failed", request_id)
+            message = "the server failed on this request; its log has the cause under request_id"
+            reply = json_reply({"error": message, "request_id": request_id}, 500)
+        reply.headers.append((b"content-length", str(len(reply.body)).encode()))
+        await send(
+            {"type": "http.response.start", "status": reply.status, "headers": reply.headers}
+        )
+        await send({"type": "http.response.body", "body": reply.body})
+
+    def _match(self, method: str, path: str) -> tuple[Route, Mapping[str, str]]:
+        methods, params = self._exact.get(path), {}
+        if methods is None:
+            for pattern, candidates in self._patterns:
+                if match := pattern.fullmatch(path):
+                    methods, params = candidates, match.groupdict()
+                    break
+            else:
+                raise PayloadError(404, f"there is no {path}; see /docs")
+        if method not in methods:
+            raise PayloadError(405, f"{path} takes {', '.join(sorted(methods))}, not {method}")
+        return methods[method], params
+
+    async def _docs(self, call: Call) -> Reply:
+        page = get_swagger_ui_html(openapi_url="openapi.json", title=self._title)
+        return Reply(bytes(page.body), headers=[(b"content-type", b"text/html; charset=utf-8")])
+
+    async def _openapi(self, call: Call) -> Reply:
+        if self._document is None:
+            self._document = orjson.dumps(self._describe())
+        return Reply(self._document)
+
+    def _describe(self) -> dict[str, Any]:
+        document = FastAPI(title=self._title, description=self._description)
+        for route in self._routes:
+            extra = (
+                {"requestBody": {"required": True, "content": dict(route.request)}}
+                if route.request
+                else None
+            )
+            document.add_api_route(
+                route.path,
+                _endpoint(route),
+                methods=[route.method],
+                summary=route.summary,
+                operation_id=f"{route.method} {route.path}",
+                response_model=route.response,
+                responses={status: {"model": schemas.Error} for status in route.errors},
+                openapi_extra=extra,
+            )
+        return document.openapi()
+
+
+def _endpoint(route: Route) -> Callable[..., None]:
+    """Return a function whose signature shows FastAPI the path parameters of a route."""
+    names = re.findall(r"\{(\w+)\}", route.path)
+    namespace: dict[str, Any] = {}
+    exec(f"def endpoint({', '.join(f'{name}: str' for name in names)}): ...", namespace)
+    endpoint: Callable[..., None] = namespace["endpoint"]
+    return endpoint
+
+
+async def _read(headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
+    """Read a body, at most MAX_BODY_BYTES of it; raise PayloadError 413 before reading more."""
+    too_large = PayloadError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+    length = headers.get(b"content-length", b"0")
+    if not length.isdigit() or int(length) > MAX_BODY_BYTES:
+        raise too_large
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    if not message.get("more_body"):
+        return body
+    chunks, size = [body], len(body)
+    while message.get("more_body"):
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise PayloadError(400, "the connection ended before the body did")
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > MAX_BODY_BYTES:
+            raise too_large
+    return b"".join(chunks)

@@ -1,0 +1,248 @@
+"""The gateway: every request comes in here, and goes to the version that the policy names."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import orjson
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve import Application
+from ray.serve.exceptions import BackPressureError, RequestCancelledError
+
+from lib.serving import oip, payload
+from lib.serving.batcher import Predict
+from lib.serving.bundle import Card
+from lib.serving.feedback import parse_feedback, store_feedback
+from lib.serving.payload import PayloadError
+from lib.serving.plan import VERSION_DEPLOYMENT, version_application
+from lib.serving.policy import acknowledge
+from lib.serving.router import Images, Probabilities, Router, Version, with_retries
+from lib.storage import Storage
+from serve_apps import schemas
+from serve_apps.asgi import JSON, App, Call, Header, Reply, Route, json_reply
+
+POLICY_POLL_S = 0.3
+CALL_DEADLINE_S = 30.0
+LARGE_BODY_BYTES = 2**16
+
+_log = logging.getLogger(__name__)
+
+
+class Endpoints:
+    """What the gateway's paths do, over a router; knows HTTP and nothing of Serve."""
+
+    def __init__(self, router: Router, storage: Storage) -> None:
+        self._router = router
+        self._storage = storage
+
+    async def predict(self, call: Call) -> Reply:
+        """POST /predict: one image in, label and probabilities out."""
+        version = self._router.table.pick(
+            call.params.get("model"), call.header(b"x-model-version"), _key(call)
+        )
+        body, content_type = call.body, call.header(b"content-type") or ""
+        parse = payload.parse_predict
+        if len(body) <= LARGE_BODY_BYTES:
+            images = parse(body, content_type, version.card)
+            probabilities_K = (await self._router.answer(version, images))[0]
+        else:
+            # A large picture takes long to decode: other requests must not wait for it.
+            with version.batcher.held():
+                images = await asyncio.to_thread(parse, body, content_type, version.card)
+                probabilities_K = (await self._router.answer(version, images))[0]
+        digit = int(probabilities_K.argmax())
+        card = version.card
+        answer = {
+            "label": card.class_names[digit],
+            "digit": digit,
+            "probabilities": probabilities_K,
+            "model": card.name,
+            "model_version": card.version,
+            "request_id": call.request_id,
+        }
+        body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+        return Reply(body, headers=[JSON, _version_header(version)])
+
+    async def infer(self, call: Call) -> Reply:
+        """POST /v2/models/…/infer: the Open Inference Protocol."""
+        pin = call.params.get("version") or call.header(b"x-model-version")
+        version = self._router.table.pick(call.params["model"], pin, _key(call))
+        length = call.header(b"inference-header-content-length")
+        request = oip.parse_infer(call.body, length, version.card)
+        probabilities_NK = await self._router.answer(version, request.images_NHWC)
+        body, header_length = oip.render_infer(
+            version.card, request, probabilities_NK, call.request_id
+        )
+        headers = [JSON, _version_header(version)]
+        if header_length is not None:
+            headers = [
+                (b"content-type", b"application/octet-stream"),
+                (b"inference-header-content-length", str(header_length).encode()),
+                _version_header(version),
+            ]
+        return Reply(body, headers=headers)
+
+    async def feedback(self, call: Call) -> Reply:
+        """POST /feedback: the true label of an answer, on disk before this returns."""
+        content = payload.load_json(call.body)
+        model = content.get("model") if isinstance(content, dict) else None
+        if model is not None and not isinstance(model, str):
+            raise PayloadError(422, "`model` must be a model's name")
+        table = self._router.table
+        name, traffic = table.model(model)
+        entry = parse_feedback(content, table.versions[name, traffic.champion].card)
+        await asyncio.to_thread(store_feedback, self._storage, entry)
+        return json_reply({"request_id": entry["request_id"], "stored": True})
+
+    async def traffic(self, call: Call) -> Reply:
+        """GET /traffic: the policy in force, and the versions behind it."""
+        table = self._router.table
+        content = table.policy.to_json()
+        content["versions"] = {
+            f"{name}/{number}": {
+                "test_accuracy": version.card.test_accuracy,
+                "data_digest": version.card.data_digest,
+                "runtime": version.card.runtime,
+                "class_names": version.card.class_names,
+                "shape": version.card.shape,
+            }
+            for (name, number), version in sorted(table.versions.items())
+        }
+        return Reply(orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS))
+
+    async def server(self, call: Call) -> Reply:
+        """GET /v2: the protocol's server metadata."""
+        return json_reply({"name": "rayline", "version": "2", "extensions": ["binary_tensor_data"]})
+
+    async def live(self, call: Call) -> Reply:
+        """GET /v2/health/live: the process answers."""
+        return json_reply({"live": True})
+
+    async def ready(self, call: Call) -> Reply:
+        """GET /v2/health/ready: a policy is loaded."""
+        return json_reply({"ready": bool(self._router.table)})
+
+    async def model(self, call: Call) -> Reply:
+        """GET /v2/models/…: the protocol's model metadata."""
+        version = self._pinned(call)
+        _, traffic = self._router.table.model(version.card.name)
+        return json_reply(
+            oip.model_metadata(version.card.name, version.card, sorted(traffic.bundles))
+        )
+
+    async def model_ready(self, call: Call) -> Reply:
+        """GET /v2/models/…/ready: the model answers."""
+        version = self._pinned(call)
+        return json_reply({"name": version.card.name, "ready": True})
+
+    def _pinned(self, call: Call) -> Version:
+        name, traffic = self._router.table.model(call.params["model"])
+        pin = call.params.get("version") or str(traffic.champion)
+        return self._router.table.pick(name, pin, "")
+
+
+def _key(call: Call) -> str:
+    return call.header(b"x-routing-key") or call.request_id
+
+
+def _version_header(version: Version) -> Header:
+    return (b"x-model-version", str(version.card.version).encode())
+
+
+def routes(endpoints: Endpoints) -> list[Route]:
+    """Return the gateway's paths."""
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    picture = {
+        "image/png": binary,
+        "image/jpeg": binary,
+        "application/octet-stream": binary,
+        "application/json": {"schema": schemas.ImageBody.model_json_schema()},
+    }
+    feedback = {"application/json": {"schema": schemas.Feedback.model_json_schema()}}
+    infer = {"application/json": {"schema": {"type": "object"}}, "application/octet-stream": binary}
+    post_errors = (400, 404, 413, 415, 422, 503)
+    table: list[Route] = []
+
+    def add(method: str, path: str, handler: Any, summary: str, **options: Any) -> None:
+        table.append(Route(method=method, path=path, handler=handler, summary=summary, **options))
+
+    for path in ("/predict", "/predict/{model}"):
+        add(
+            "POST", path, endpoints.predict, "Classify one image.",
+            response=schemas.Prediction, request=picture, errors=post_errors,
+        )  # fmt: skip
+    add(
+        "POST", "/feedback", endpoints.feedback, "Store the true label of an answer.",
+        response=schemas.FeedbackStored, request=feedback, errors=(400, 404, 413, 422, 503),
+    )  # fmt: skip
+    add("GET", "/traffic", endpoints.traffic, "The traffic policy in force.", errors=(503,))
+    add("GET", "/v2", endpoints.server, "Server metadata.")
+    add("GET", "/v2/health/live", endpoints.live, "Whether the server is up.")
+    add("GET", "/v2/health/ready", endpoints.ready, "Whether models are loaded.", errors=(503,))
+    for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        add("GET", base, endpoints.model, "Model metadata.", errors=(404, 503))
+        add("GET", f"{base}/ready", endpoints.model_ready, "Model ready.", errors=(404, 503))
+        add(
+            "POST", f"{base}/infer", endpoints.infer, "Classify a batch.",
+            request=infer, errors=(400, 404, 413, 422, 503),
+        )  # fmt: skip
+    return table
+
+
+@serve.ingress()
+class Gateway:
+    """Serve's side of the gateway: handles to the versions, and the policy's followers."""
+
+    def __init__(self, storage: str) -> None:
+        self._storage = Storage(storage)
+        self._router = Router(self._storage, self._make_predict, deadline_s=CALL_DEADLINE_S)
+        self._following: asyncio.Task[None] | None = None
+
+    def __serve_build_asgi_app__(self) -> App:
+        """Return the ASGI application; Serve calls this once, inside its event loop."""
+        self._following = asyncio.get_running_loop().create_task(self._follow_policy())
+        return App(
+            routes(Endpoints(self._router, self._storage)),
+            title="Rayline",
+            description="Image classification, several model versions behind one address.",
+        )
+
+    def check_health(self) -> None:
+        """Fail Serve's health check if the policy is no longer followed."""
+        if self._following is not None and self._following.done():
+            raise RuntimeError("the task that follows the traffic policy ended")
+
+    async def _follow_policy(self) -> None:
+        replica = serve.get_replica_context().replica_id.unique_id
+        while True:
+            try:
+                if await self._router.refresh():
+                    generation = self._router.table.policy.generation
+                    await self._router.drained()
+                    await asyncio.to_thread(acknowledge, self._storage, replica, generation)
+            except Exception:
+                # The last policy stays in force, and the next round tries again.
+                _log.exception("the traffic policy could not be read")
+            await asyncio.sleep(POLICY_POLL_S)
+
+    async def _make_predict(self, card: Card, bundle: str) -> Predict:
+        application = version_application(card.name, card.version)
+        # Finding the application asks the controller and blocks, so not on the event loop.
+        handle = await asyncio.to_thread(
+            serve.get_deployment_handle, VERSION_DEPLOYMENT, application
+        )
+
+        async def predict(images_NHWC: Images) -> Probabilities:
+            result: Probabilities = await handle.predict.remote(images_NHWC)
+            return result
+
+        retriable = (RayActorError, BackPressureError, RequestCancelledError)
+        return with_retries(predict, retriable, deadline_s=CALL_DEADLINE_S)
+
+
+def build(args: dict[str, str]) -> Application:
+    """Build the gateway application; args: `storage`, the storage root."""
+    return serve.deployment()(Gateway).bind(args["storage"])

@@ -1,0 +1,46 @@
+"""The shapes of HTTP bodies, for the OpenAPI document and its readers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+
+class Prediction(BaseModel):
+    """An answer to POST /predict."""
+
+    label: str = Field(description="The most probable class.")
+    digit: int = Field(description="Its number in the order of the classes.")
+    probabilities: list[float] = Field(description="One per class, in the order of the classes.")
+    model: str
+    model_version: int
+    request_id: str
+
+
+class ImageBody(BaseModel):
+    """One image as JSON."""
+
+    image: list[Any] = Field(description="Integers 0–255, nested as [height][width][channels].")
+
+
+class Feedback(BaseModel):
+    """The true label of an answered request."""
+
+    request_id: str = Field(pattern="^[A-Za-z0-9._-]{1,128}$")
+    label: str | int = Field(description="A class name, or its number.")
+    model: str | None = Field(default=None, description="The default model if left out.")
+
+
+class FeedbackStored(BaseModel):
+    """The label is on disk."""
+
+    request_id: str
+    stored: bool
+
+
+class Error(BaseModel):
+    """What is wrong and what to do about it."""
+
+    error: str
+    request_id: str

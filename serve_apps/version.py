@@ -1,0 +1,29 @@
+"""One model version as a Serve application of its own, called by the gateway alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from ray import serve
+from ray.serve import Application
+
+from lib.serving.bundle import read_card
+from lib.serving.predictor import load_predictor
+from lib.storage import Storage
+
+
+class Version:
+    """A replica of a version: loads the bundle, answers batches."""
+
+    def __init__(self, storage: str, bundle: str) -> None:
+        opened = Storage(storage)
+        self._predictor = load_predictor(opened, bundle, read_card(opened, bundle))
+
+    async def predict(self, images_NHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Return probabilities (N, classes) for uint8 images (N, H, W, C)."""
+        return self._predictor.predict(images_NHWC)
+
+
+def build(args: dict[str, str]) -> Application:
+    """Build a version's application; args: `storage` root and `bundle` path below it."""
+    return serve.deployment()(Version).bind(args["storage"], args["bundle"])

@@ -1,0 +1,86 @@
+"""wrk, the load generator in C: runs it and reads what it measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bench.report import BenchError
+
+# `summary.errors.status` counts answers above 399; latencies are in microseconds.
+_SCRIPT = """
+local file = io.open(os.getenv("BENCH_BODY"), "rb")
+wrk.method = "POST"
+wrk.body = file:read("*all")
+wrk.headers["Content-Type"] = "application/octet-stream"
+file:close()
+done = function(summary, latency, requests)
+  local e = summary.errors
+  io.write(string.format(
+    '\\nRESULT {"requests": %d, "duration_us": %d, "p50_us": %d, "p99_us": %d, "max_us": %d, ' ..
+    '"bad_status": %d, "connect": %d, "read": %d, "write": %d, "timeout": %d}\\n',
+    summary.requests, summary.duration, latency:percentile(50), latency:percentile(99),
+    latency.max, e.status, e.connect, e.read, e.write, e.timeout))
+end
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What one run of wrk measured."""
+
+    requests: int
+    requests_per_s: float
+    p50_ms: float
+    p99_ms: float
+    max_ms: float
+
+
+def require() -> None:
+    """Raise BenchError with the install line if wrk is not there."""
+    if shutil.which("wrk") is None:
+        raise BenchError("wrk, which makes the load, is not installed: apt-get install wrk")
+
+
+def post(url: str, body_file: Path, *, connections: int, seconds: float) -> Load:
+    """Post a file from one thread and so many keep-alive connections.
+
+    Raises BenchError if one request failed: a server that refuses quickly must not look fast.
+    """
+    script = body_file.with_suffix(".lua")
+    if not script.exists():
+        script.write_text(_SCRIPT)
+    duration_s = max(1, round(seconds))
+    done = subprocess.run(
+        ["wrk", "-t1", f"-c{connections}", f"-d{duration_s}s", "-s", str(script), url],
+        env={"BENCH_BODY": str(body_file), "PATH": "/usr/bin:/bin:/usr/local/bin"},
+        executable=shutil.which("wrk"),
+        capture_output=True,
+        text=True,
+        timeout=duration_s + 60,
+        check=False,
+    )
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode != 0 or not found:
+        raise BenchError(f"wrk failed at {url}: {(done.stderr or done.stdout)[-1000:]}")
+    result = json.loads(found[0].removeprefix("RESULT "))
+    errors = {
+        name: result[name]
+        for name in ("bad_status", "connect", "read", "write", "timeout")
+        if result[name]
+    }
+    if errors or not result["requests"]:
+        raise BenchError(
+            f"{url} at {connections} connections: {result['requests']} requests, errors {errors}; "
+            "figures with failed requests count for nothing"
+        )
+    return Load(
+        requests=result["requests"],
+        requests_per_s=result["requests"] / (result["duration_us"] / 1e6),
+        p50_ms=result["p50_us"] / 1e3,
+        p99_ms=result["p99_us"] / 1e3,
+        max_ms=result["max_us"] / 1e3,
+    )

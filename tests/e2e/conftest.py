@@ -1,0 +1,129 @@
+"""A whole line on a small part of real MNIST, brought up as a user does."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from lib.line.layout import PROJECT_ROOT, Line
+from lib.line.processes import find
+from tests.lines import line_env
+
+MNIST = PROJECT_ROOT / "lib" / "data" / "mnist"
+MODEL = "digits"
+NUM_TRAIN = 3000
+NUM_TEST = 1000
+UP_S = 900
+DOWN_S = 60
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiveLine:
+    """A line that is up."""
+
+    home: Path
+    env: Mapping[str, str]
+    """For shells: what the line's env file sets, and what `jobs.up` was given."""
+    model: str
+    data: Path
+    """The folder with the IDX files that it was brought up on."""
+    storage: str
+    url: str
+    """Where the models answer."""
+    up_output: str
+    """What `make up` printed."""
+
+    def run(self, *arguments: str, timeout_s: float = UP_S) -> subprocess.CompletedProcess[str]:
+        """Run `python -m ARGUMENTS` in the project as a user of this line."""
+        return subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=PROJECT_ROOT,
+            env=dict(self.env),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        """Return all processes of the line."""
+        line = Line.from_env(self.env)
+        return find(line.line_id, line.ray_temp_dir)
+
+
+def write_subset(folder: Path, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> Path:
+    """Write the first images of MNIST's splits as IDX files."""
+    folder.mkdir(parents=True)
+    for stem, rows in (("train", num_train), ("t10k", num_test)):
+        for kind, header_bytes, row_bytes in (
+            ("images-idx3-ubyte", 16, 28 * 28),
+            ("labels-idx1-ubyte", 8, 1),
+        ):
+            content = gzip.decompress((MNIST / f"{stem}-{kind}.gz").read_bytes())
+            header = bytearray(content[:header_bytes])
+            header[4:8] = np.array(rows, ">u4").tobytes()
+            body = content[header_bytes : header_bytes + rows * row_bytes]
+            (folder / f"{stem}-{kind}").write_bytes(bytes(header) + body)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveLine]:
+    root = tmp_path_factory.mktemp("e2e")
+    env = line_env(root / "home")
+    data = write_subset(root / "subset")
+    state = Line.from_env(env)
+    try:
+        up = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "jobs.up",
+                "--data",
+                str(data),
+                "--preset",
+                "smoke",
+                "--model",
+                MODEL,
+            ],
+            cwd=PROJECT_ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=UP_S,
+            check=False,
+        )
+        assert up.returncode == 0, up.stdout[-8000:]
+        yield LiveLine(
+            home=state.home,
+            env={**env, **state.client_env()},
+            model=MODEL,
+            data=data,
+            storage=state.storage,
+            url=state.serve_url,
+            up_output=up.stdout,
+        )
+    finally:
+        down = subprocess.run(
+            [sys.executable, "-m", "jobs.down"],
+            cwd=PROJECT_ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=DOWN_S,
+            check=False,
+        )
+        left = find(state.line_id, state.ray_temp_dir)
+        shutil.rmtree(state.ray_temp_dir, ignore_errors=True)
+    assert down.returncode == 0, down.stdout + down.stderr
+    assert left == []

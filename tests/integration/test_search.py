@@ -1,0 +1,248 @@
+"""Sweeps on a small real data set, with the real Tune and a real MLflow server."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import struct
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import Run
+from optuna.distributions import CategoricalDistribution
+
+from lib.config import PRESETS, Settings
+from lib.data.ingest import ingest
+from lib.data.loader import read_splits
+from lib.data.manifest import Manifest
+from lib.errors import RegistryError, SearchError
+from lib.registry.tracking import METRICS, PACKAGES, SweepRecord, start_sweep
+from lib.registry.trials import CHECKPOINT_PATH, ranked_trials
+from lib.storage import Storage
+from lib.train import search
+from lib.train.model import ConvNet, ModelConfig
+
+MNIST = Path(__file__).parents[2] / "lib/data/mnist"
+PRESET = replace(PRESETS["smoke"], num_trials=3, rungs=(1, 3), time_budget_s=300)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    storage: Storage
+    manifest: Manifest
+
+
+@pytest.fixture(scope="module")
+def data(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder = tmp_path_factory.mktemp("search")
+    source = folder / "source"
+    source.mkdir()
+    for part, count in (("train", 3000), ("t10k", 500)):
+        for kind, header, row_bytes in (
+            ("images-idx3", struct.pack(">IIII", 2051, count, 28, 28), 784),
+            ("labels-idx1", struct.pack(">II", 2049, count), 1),
+        ):
+            name = f"{part}-{kind}-ubyte"
+            with gzip.open(MNIST / f"{name}.gz") as stream:
+                rows = stream.read(len(header) + count * row_bytes)[len(header) :]
+            (source / name).write_bytes(header + rows)
+    storage = Storage(str(folder / "storage"))
+    return Data(storage=storage, manifest=ingest(storage, str(source)))
+
+
+@pytest.fixture
+def settings(data: Data, mlflow_server: str) -> Settings:
+    """Every test has an experiment of its own on the shared server."""
+    return Settings(
+        storage=data.storage.uri, mlflow_uri=mlflow_server, model=f"digits-{uuid.uuid4().hex[:8]}"
+    )
+
+
+@pytest.fixture
+def client(settings: Settings) -> MlflowClient:
+    return MlflowClient(settings.mlflow_uri)
+
+
+def sweeps_and_trials(client: MlflowClient, settings: Settings) -> tuple[list[Run], list[Run]]:
+    experiment = client.get_experiment_by_name(f"rayline/{settings.model}")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    return (
+        [run for run in runs if run.data.tags["rayline.kind"] == "sweep"],
+        [run for run in runs if run.data.tags["rayline.kind"] == "trial"],
+    )
+
+
+def test_a_sweep_and_its_trials_are_recorded(
+    data: Data, settings: Settings, client: MlflowClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = search.run_sweep(settings, data.storage, data.manifest, PRESET)
+    (sweep,), trials = sweeps_and_trials(client, settings)
+
+    assert sweep.info.run_id == result.sweep_run_id
+    assert sweep.info.status == "FINISHED"
+    assert sweep.data.tags["rayline.data_digest"] == data.manifest.digest
+    assert sweep.data.tags["rayline.preset"] == "smoke"
+    assert sweep.data.tags["rayline.record_complete"] == "true"
+    assert sweep.data.params["sampler"] == "optuna TPE"
+    assert sweep.inputs.dataset_inputs[0].dataset.digest == data.manifest.digest
+    assert sweep.data.metrics["trials"] == 3
+    assert sweep.data.metrics["val_accuracy"] == pytest.approx(result.trials[0].val_accuracy)
+
+    assert len(trials) == len(result.trials) == 3
+    for run in trials:
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == sweep.info.run_id
+        assert run.data.tags["rayline.data_digest"] == data.manifest.digest
+        assert run.data.tags["rayline.seed"] == "0"
+        assert all(f"rayline.package.{name}" in run.data.tags for name in PACKAGES)
+        assert set(run.data.params) == set(search.search_space(PRESET))
+        for name in METRICS:
+            epochs = {point.step for point in client.get_metric_history(run.info.run_id, name)}
+            assert epochs in ({1}, {1, 2, 3}), "a trial ends at a rung"
+    # The first is the known-good configuration, and trains to the last rung.
+    assert max(trial.epoch for trial in result.trials) > 1
+
+    ranked = ranked_trials(client, result.sweep_run_id, data.manifest.digest)
+    assert ranked[0].val_accuracy == pytest.approx(result.trials[0].val_accuracy)
+    assert not data.storage.list("tune", recursive=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert any("trial 1/3 starts: " in line for line in lines)
+    assert any("best so far" in line for line in lines)
+    assert all(line.startswith("[") for line in lines if line), "only our own progress lines"
+
+
+def test_the_recorded_checkpoint_is_that_of_the_best_epoch(
+    data: Data, settings: Settings, tmp_path: Path
+) -> None:
+    result = search.run_sweep(settings, data.storage, data.manifest, PRESET)
+    val = read_splits(data.storage, data.manifest, ("val",))["val"]
+    for trial in result.trials:
+        content = torch.load(
+            download_artifacts(
+                run_id=trial.run_id,
+                artifact_path=CHECKPOINT_PATH,
+                dst_path=str(tmp_path / trial.run_id),
+                tracking_uri=settings.mlflow_uri,
+            ),
+            weights_only=True,
+        )
+        net = ConvNet(ModelConfig.from_dict(content["model_config"])).eval()
+        net.load_state_dict(content["model"])
+        with torch.inference_mode():
+            labels = net(torch.from_numpy(val.images_NHWC)).argmax(dim=1)
+        accuracy = float((labels.numpy() == val.labels_N).mean())
+        assert content["epoch"] == trial.epoch
+        assert accuracy == pytest.approx(trial.val_accuracy, abs=1e-6)
+        assert content["train_config"]["learning_rate"] == trial.params["learning_rate"]
+
+
+def only_rates(monkeypatch: pytest.MonkeyPatch, *rates: float) -> None:
+    """Let a sweep try these learning rates alone, the first of them first."""
+    space, guess = search.search_space(PRESET), search.first_guess(PRESET)
+    space["learning_rate"] = CategoricalDistribution(rates)
+    guess["learning_rate"] = rates[0]
+    monkeypatch.setattr(search, "search_space", lambda preset: space)
+    monkeypatch.setattr(search, "first_guess", lambda preset: guess)
+
+
+def test_a_trial_that_fails_does_not_end_the_sweep(
+    data: Data, settings: Settings, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_rates(monkeypatch, 1e30, 0.1)
+    preset = replace(PRESET, num_trials=5, rungs=(1,))
+    result = search.run_sweep(settings, data.storage, data.manifest, preset)
+    (sweep,), trials = sweeps_and_trials(client, settings)
+    failed = [run for run in trials if run.data.params["learning_rate"] == "1e+30"]
+    assert sweep.info.status == "FINISHED"
+    assert result.num_failed == len(failed) > 0
+    assert len(result.trials) == len(trials) - len(failed) > 0
+    for run in failed:
+        assert run.info.status == "FAILED"
+        assert "the training loss became nan" in run.data.tags["rayline.ended"]
+    ranked = ranked_trials(client, result.sweep_run_id, data.manifest.digest)
+    assert {trial.run_id for trial in ranked} == {trial.run_id for trial in result.trials}
+
+
+def test_a_sweep_whose_trials_all_fail_is_an_error(
+    data: Data, settings: Settings, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_rates(monkeypatch, 1e30)
+    with pytest.raises(SearchError, match="none of 3 trials left a model"):
+        search.run_sweep(settings, data.storage, data.manifest, PRESET)
+    (sweep,), trials = sweeps_and_trials(client, settings)
+    assert [run.info.status for run in (sweep, *trials)] == ["FAILED"] * 4
+
+
+def test_a_time_budget_too_short_for_one_epoch_is_an_error(
+    data: Data, settings: Settings, client: MlflowClient
+) -> None:
+    preset = replace(PRESET, time_budget_s=0.01)
+    with pytest.raises(SearchError, match="time budget"):
+        search.run_sweep(settings, data.storage, data.manifest, preset)
+    (sweep,), trials = sweeps_and_trials(client, settings)
+    assert sweep.info.status == "FAILED"
+    assert all(run.info.status == "KILLED" for run in trials)
+
+
+@pytest.mark.parametrize("reserved_cpus", [1.4, 2.0])
+def test_a_sweep_runs_beside_what_reserves_the_cpus(
+    data: Data, settings: Settings, reserved_cpus: float
+) -> None:
+    @ray.remote(num_cpus=reserved_cpus)
+    class Replica:
+        def ready(self) -> bool:
+            return True
+
+    replica = Replica.remote()
+    try:
+        assert ray.get(replica.ready.remote())
+        preset = replace(PRESET, num_trials=2, rungs=(1,))
+        assert search.run_sweep(settings, data.storage, data.manifest, preset).trials
+    finally:
+        ray.kill(replica)
+
+
+def test_an_mlflow_server_that_is_away_is_said_at_once(data: Data, settings: Settings) -> None:
+    away = replace(settings, mlflow_uri="http://127.0.0.1:9")
+    with pytest.raises(RegistryError, match="MLflow does not answer"):
+        search.run_sweep(away, data.storage, data.manifest, PRESET)
+
+
+@pytest.fixture
+def record(data: Data, settings: Settings) -> SweepRecord:
+    return start_sweep(settings, data.storage, data.manifest, PRESET, {})
+
+
+def test_a_lost_record_is_said_and_raised_at_the_end(
+    record: SweepRecord, client: MlflowClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client.delete_run(record.sweep_run_id)  # It can't be written to any more.
+    record.close({"seconds": 1.0}, failed=False)
+    with pytest.raises(RegistryError, match="is incomplete"):
+        record.check()
+    assert "WARNING: MLflow did not take a record" in capsys.readouterr().out
+
+
+def test_a_restored_sweep_goes_on_with_the_same_runs(
+    record: SweepRecord, client: MlflowClient, settings: Settings
+) -> None:
+    params: dict[str, Any] = {"learning_rate": 0.1}
+    record.trial_started("a", "trial-1", params)
+    record.trial_reported("a", 1, {"val_accuracy": 0.5})
+    record.flush()
+    restored: SweepRecord = pickle.loads(pickle.dumps(record))
+    restored.trial_started("a", "trial-1", params)
+    restored.trial_reported("a", 2, {"val_accuracy": 0.6})
+    restored.close({}, failed=False)
+    restored.check()
+    _, (trial,) = sweeps_and_trials(client, settings)
+    history = client.get_metric_history(trial.info.run_id, "val_accuracy")
+    assert [point.step for point in history] == [1, 2]

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from lib.data.readers import RawReader
+from lib.data.shards import Chunk, chunk_rows, process_chunk, row_ids
+from lib.errors import StorageError
+from lib.storage import Storage
+
+SHAPE = (4, 5, 3)
+
+
+@pytest.fixture
+def chunk(tmp_path: Path) -> tuple[Storage, Chunk, np.ndarray]:
+    images = np.random.default_rng(0).integers(0, 256, (50, *SHAPE), dtype=np.uint8)
+    (tmp_path / "raw").write_bytes(b"head" + images.tobytes())
+    labels = np.arange(50, dtype=np.int32) % 2
+    targets = (np.arange(50) % 5 == 0).astype(np.uint8)
+    reader = RawReader(
+        name="raw", root=Storage(str(tmp_path)), path="raw", offset_bytes=4, start=0, stop=50
+    )
+    made = Chunk(index=0, shape=SHAPE, labels=labels, targets=targets, reader=reader)
+    return Storage(str(tmp_path / "storage")), made, images
+
+
+def test_shards_hold_the_rows_of_their_split(chunk: tuple[Storage, Chunk, np.ndarray]) -> None:
+    storage, made, images = chunk
+    result = process_chunk(storage, made)
+    assert [(shard.split, shard.rows) for shard in result.shards] == [("train", 40), ("val", 10)]
+    for shard, target in zip(result.shards, (0, 1), strict=True):
+        content = storage.read(shard.path)
+        assert hashlib.sha256(content).hexdigest() == shard.sha256
+        assert shard.path == f"data/shards/{shard.sha256[:32]}.parquet"
+        table = pq.read_table(io.BytesIO(content))
+        chosen = made.targets == target
+        assert b"".join(table["image"].to_pylist()) == images[chosen].tobytes()
+        assert table["label"].to_pylist() == made.labels[chosen].tolist()
+        assert table["row_id"].to_pylist() == [
+            hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images[chosen]
+        ]
+
+
+def test_statistics_are_of_the_train_rows(chunk: tuple[Storage, Chunk, np.ndarray]) -> None:
+    storage, made, images = chunk
+    result = process_chunk(storage, made)
+    train = images[made.targets == 0].astype(np.int64)
+    assert np.array_equal(result.histogram @ np.arange(256), train.sum(axis=(0, 1, 2)))
+    inner = train[:, 1:-1, 1:-1]
+    assert np.array_equal(result.border_sum, train.sum(axis=(0, 1, 2)) - inner.sum(axis=(0, 1, 2)))
+    assert result.border_count == 40 * (4 * 5 - 2 * 3)
+
+
+def test_the_same_chunk_again_writes_nothing(chunk: tuple[Storage, Chunk, np.ndarray]) -> None:
+    storage, made, _ = chunk
+    first = process_chunk(storage, made)
+    times = {
+        shard.path: Path(storage.path(shard.path)).stat().st_mtime_ns for shard in first.shards
+    }
+    assert process_chunk(storage, made).shards == first.shards
+    for path, time_ns in times.items():
+        assert Path(storage.path(path)).stat().st_mtime_ns == time_ns
+
+
+def test_a_part_of_a_reader_reads_its_rows(chunk: tuple[Storage, Chunk, np.ndarray]) -> None:
+    _, made, images = chunk
+    part = made.reader.part(10, 30).part(5, 7)
+    assert np.array_equal(part.read(SHAPE), images[15:17])
+    assert part.where(1) == "raw row 16"
+
+
+def test_equal_images_have_equal_ids() -> None:
+    images = np.zeros((3, *SHAPE), np.uint8)
+    images[1, 0, 0, 0] = 1
+    ids = row_ids(images)
+    assert ids[0].tobytes() == ids[2].tobytes() != ids[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((28, 28, 1), 10_699), ((224, 224, 3), 891), ((20_000, 20_000, 3), 1)]
+)
+def test_chunks_are_bounded_in_bytes(shape: tuple[int, int, int], rows: int) -> None:
+    assert chunk_rows(shape) == rows
+
+
+def test_storage_that_is_a_file_is_named(chunk: tuple[Storage, Chunk, np.ndarray]) -> None:
+    storage, made, _ = chunk
+    Path(storage.root).write_text("not a folder")
+    with pytest.raises(StorageError, match="can't be written"):
+        process_chunk(storage, made)

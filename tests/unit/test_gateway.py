@@ -1,0 +1,282 @@
+"""The gateway's HTTP contract over a stand-in model, without Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lib.serving import payload
+from lib.serving.batcher import Predict
+from lib.serving.bundle import Card
+from lib.serving.router import Images, Probabilities, Router
+from lib.storage import Storage
+from serve_apps.asgi import App
+from tests.unit.serving_parts import Response, gateway, make_predict, picture, publish, request
+
+RAW = {"content-type": "application/octet-stream"}
+IMAGE = bytes([1] + [0] * 23)
+
+
+def run(tmp_path: Path, scenario: Callable[[App], Awaitable[None]], **options: Any) -> None:
+    async def main() -> None:
+        storage = Storage(str(tmp_path))
+        publish(storage, {1: 90, 2: 10})
+        await scenario(await gateway(storage, **options))
+
+    asyncio.run(main())
+
+
+def test_an_answer_carries_label_probabilities_version_and_request_id(tmp_path: Path) -> None:
+    async def scenario(app: App) -> None:
+        headers = {**RAW, "X-Request-Id": "abc-1", "X-Model-Version": "2"}
+        answer = await request(app, "POST", "/predict", IMAGE, headers)
+        assert answer.status == 200
+        assert answer.headers["x-model-version"] == "2"
+        assert answer.json == {
+            "label": "circle",
+            "digit": 1,
+            "probabilities": [0.0, 1.0, 0.0],
+            "model": "shapes",
+            "model_version": 2,
+            "request_id": "abc-1",
+        }
+        png = picture(np.full((4, 6), 2, np.uint8))
+        named = await request(app, "POST", "/predict/shapes", png, {"content-type": "image/png"})
+        assert named.json["label"] == "star"
+
+    run(tmp_path, scenario)
+
+
+def test_a_routing_key_is_sticky_and_keys_are_shared_by_weight(tmp_path: Path) -> None:
+    async def scenario(app: App) -> None:
+        versions = []
+        for number in range(2000):
+            headers = {**RAW, "X-Routing-Key": f"user-{number}"}
+            first = await request(app, "POST", "/predict", IMAGE, headers)
+            again = await request(app, "POST", "/predict", IMAGE, headers)
+            assert first.json["model_version"] == again.json["model_version"]
+            versions.append(first.json["model_version"])
+        assert versions.count(2) / len(versions) == pytest.approx(0.1, abs=0.02)
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "status", "message"),
+    [
+        ("POST", "/predict", IMAGE, {**RAW, "x-model-version": "3"}, 404, "there are: 1, 2"),
+        ("POST", "/predict", IMAGE, {**RAW, "x-model-version": "latest"}, 404, "there are: 1, 2"),
+        ("POST", "/predict", IMAGE, {**RAW, "x-model-version": "²"}, 404, "there are: 1, 2"),
+        ("POST", "/predict/cats", IMAGE, RAW, 404, "there are: shapes"),
+        ("POST", "/predict", IMAGE, {**RAW, "x-request-id": "a b"}, 400, "X-Request-Id"),
+        ("POST", "/predict", IMAGE, {"content-type": "a/b"}, 415, "send image/png"),
+        ("POST", "/predict", b"123", RAW, 422, "24 bytes"),
+        ("POST", "/predict", IMAGE, {**RAW, "content-length": "99999999"}, 413, "larger"),
+        ("POST", "/predict", IMAGE, {**RAW, "content-length": "x"}, 413, "larger"),
+        ("GET", "/predict", b"", {}, 405, "takes POST"),
+        ("GET", "/nothing", b"", {}, 404, "see /docs"),
+        ("POST", "/feedback", b"{", {}, 400, "malformed JSON"),
+        ("POST", "/feedback", b"[]", {}, 422, "send"),
+        ("POST", "/feedback", b'{"request_id": "a"}', {}, 422, "send"),
+        ("POST", "/feedback", b'{"request_id": "/", "label": 1}', {}, 422, "request_id"),
+        ("POST", "/feedback", b'{"request_id": "a", "label": 3}', {}, 422, "0–2"),
+        ("POST", "/feedback", b'{"request_id": "a", "label": "cat"}', {}, 422, "square"),
+        ("POST", "/feedback", b'{"request_id": "a", "label": [1]}', {}, 422, "square"),
+        ("GET", "/v2/models/cats", b"", {}, 404, "shapes"),
+        ("GET", "/v2/models/shapes/versions/9", b"", {}, 404, "1, 2"),
+        ("POST", "/v2/models/shapes/infer", b"[]", {}, 400, "JSON object"),
+        ("POST", "/v2/models/shapes/infer", b"{}", {}, 422, "inputs"),
+    ],
+)
+def test_every_error_of_the_contract_says_what_to_do(
+    tmp_path: Path,
+    method: str,
+    path: str,
+    body: bytes,
+    headers: dict[str, str],
+    status: int,
+    message: str,
+) -> None:
+    async def scenario(app: App) -> None:
+        latin = {name: value.encode().decode("latin-1") for name, value in headers.items()}
+        answer = await request(app, method, path, body, latin)
+        assert answer.status == status, answer.body
+        assert message in answer.json["error"]
+
+    run(tmp_path, scenario)
+
+
+def test_an_oversize_body_is_refused_before_it_is_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_apps.asgi.MAX_BODY_BYTES", 1500)
+
+    async def scenario(app: App) -> None:
+        # No Content-Length, as with chunked transfer.
+        answer = await request(app, "POST", "/predict", bytes(4000), RAW)
+        assert answer.status == 413
+
+    run(tmp_path, scenario)
+
+
+def test_feedback_is_on_disk_when_it_is_acknowledged(tmp_path: Path) -> None:
+    async def scenario(app: App) -> None:
+        for label in (1, "star"):
+            body = json.dumps({"request_id": "abc", "label": label}).encode()
+            assert (await request(app, "POST", "/feedback", body)).json["stored"] is True
+        storage = Storage(str(tmp_path))
+        entries = [storage.read_json(path) for path in storage.list("feedback", recursive=True)]
+        assert [(entry["request_id"], entry["label"]) for entry in entries] == [
+            ("abc", "circle"),
+            ("abc", "star"),
+        ]
+
+    run(tmp_path, scenario)
+
+
+def test_infer_takes_batches_in_json_and_binary_and_answers_in_either(tmp_path: Path) -> None:
+    batch = np.zeros((5, 4, 6, 1), np.uint8)
+    batch[:, 0, 0, 0] = [0, 1, 2, 0, 1]
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [5, 4, 6, 1]}
+    header = json.dumps(
+        {
+            "inputs": [{**tensor, "parameters": {"binary_data_size": batch.size}}],
+            "outputs": [{"name": "probabilities", "parameters": {"binary_data": True}}],
+        }
+    ).encode()
+
+    async def scenario(app: App) -> None:
+        body = json.dumps({"id": "x", "inputs": [{**tensor, "data": batch.tolist()}]}).encode()
+        answer = await request(app, "POST", "/v2/models/shapes/versions/1/infer", body)
+        output = answer.json["outputs"][0]
+        assert (answer.json["id"], answer.json["model_version"]) == ("x", "1")
+        assert output["shape"] == [5, 3]
+        assert np.reshape(output["data"], (5, 3)).argmax(axis=1).tolist() == [0, 1, 2, 0, 1]
+        length = {"inference-header-content-length": str(len(header))}
+        binary = await request(
+            app, "POST", "/v2/models/shapes/infer", header + batch.tobytes(), length
+        )
+        split = int(binary.headers["inference-header-content-length"])
+        values = np.frombuffer(binary.body[split:], np.float32).reshape(5, 3)
+        assert values.argmax(axis=1).tolist() == [0, 1, 2, 0, 1]
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"shape": [1, 4, 6, 2]}, 422),
+        ({"shape": [0, 4, 6, 1]}, 422),
+        ({"shape": [2, 4, 6, 1]}, 422),
+        ({"shape": [10**6, 4, 6, 1]}, 413),
+        ({"shape": "4"}, 422),
+        ({"datatype": "FP32"}, 422),
+        ({"name": "image"}, 422),
+        ({"data": [0.5] * 24}, 422),
+        ({"data": [300] * 24}, 422),
+        ({"data": [[1], [2, 3]]}, 422),
+        ({"data": None}, 422),
+        ({"parameters": {"binary_data_size": 24}}, 422),
+    ],
+)
+def test_a_bad_tensor_gets_its_status(tmp_path: Path, change: dict[str, Any], status: int) -> None:
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 4, 6, 1], "data": [0] * 24}
+
+    async def scenario(app: App) -> None:
+        body = json.dumps({"inputs": [{**tensor, **change}]}).encode()
+        answer = await request(app, "POST", "/v2/models/shapes/infer", body)
+        assert answer.status == status, answer.body
+
+    run(tmp_path, scenario)
+
+
+def test_metadata_traffic_and_health_describe_what_is_served(tmp_path: Path) -> None:
+    async def scenario(app: App) -> None:
+        metadata = (await request(app, "GET", "/v2/models/shapes")).json
+        assert metadata["versions"] == ["1", "2"]
+        assert metadata["inputs"][0]["shape"] == [-1, 4, 6, 1]
+        traffic = (await request(app, "GET", "/traffic")).json
+        assert traffic["models"]["shapes"]["weights"] == {"1": 90, "2": 10}
+        assert traffic["versions"]["shapes/2"]["class_names"] == ["square", "circle", "star"]
+        for path in ("/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/shapes/ready"):
+            assert (await request(app, "GET", path)).status == 200
+        document = (await request(app, "GET", "/openapi.json")).json
+        assert {"/predict", "/feedback", "/traffic", "/v2/models/{model}/infer"} <= set(
+            document["paths"]
+        )
+        assert "415" in document["paths"]["/predict"]["post"]["responses"]
+        assert b"swagger" in (await request(app, "GET", "/docs")).body
+
+    run(tmp_path, scenario)
+
+
+def test_before_the_first_deploy_the_gateway_is_live_and_not_ready(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        app = await gateway(Storage(str(tmp_path)))
+        assert (await request(app, "GET", "/v2/health/live")).status == 200
+        for method, path in (("GET", "/v2/health/ready"), ("POST", "/predict")):
+            answer = await request(app, method, path)
+            assert answer.status == 503
+            assert answer.headers["retry-after"] == "1"
+
+    asyncio.run(scenario())
+
+
+def test_a_version_that_does_not_answer_is_a_503_at_the_deadline(tmp_path: Path) -> None:
+    async def never(card: Card, bundle: str) -> Predict:
+        async def predict(images_NHWC: Images) -> Probabilities:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        return predict
+
+    async def scenario(app: App) -> None:
+        answer: Response = await request(app, "POST", "/predict", IMAGE, RAW)
+        assert answer.status == 503
+        assert answer.headers["retry-after"] == "1"
+        assert "no answer in time" in answer.json["error"]
+
+    run(tmp_path, scenario, make_predict=never, deadline_s=0.05)
+
+
+def test_a_fault_of_the_server_is_a_500_that_tells_no_internals(tmp_path: Path) -> None:
+    async def broken(card: Card, bundle: str) -> Predict:
+        async def predict(images_NHWC: Images) -> Probabilities:
+            raise RuntimeError("secret path")
+
+        return predict
+
+    async def scenario(app: App) -> None:
+        answer = await request(app, "POST", "/predict", IMAGE, {**RAW, "x-request-id": "r1"})
+        assert answer.status == 500
+        assert answer.json["request_id"] == "r1"
+        assert b"secret" not in answer.body
+
+    run(tmp_path, scenario, make_predict=broken)
+
+
+def test_a_new_policy_is_followed_and_what_it_left_is_drained(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        storage = Storage(str(tmp_path))
+        publish(storage, {1: 100, 2: 0})
+        router = Router(storage, make_predict)
+        assert await router.refresh()
+        assert not await router.refresh()
+        old = router.table.pick(None, "1", "")
+        publish(storage, {2: 100})
+        assert await router.refresh()
+        await asyncio.wait_for(router.drained(), 5)
+        assert router.table.pick(None, None, "key").card.version == 2
+        with pytest.raises(payload.PayloadError, match="no version '1'"):
+            router.table.pick(None, "1", "")
+        # A request that started before the change is still answered.
+        assert (await router.answer(old, np.zeros((1, 4, 6, 1), np.uint8))).shape == (1, 3)
+
+    asyncio.run(scenario())

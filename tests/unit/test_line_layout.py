@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lib.config import Settings
+from lib.errors import ConfigError
+from lib.line.layout import Line
+from lib.line.processes import LINE_VARIABLE
+
+
+def line(home: Path, **env: str) -> Line:
+    return Line.from_env({"RAYLINE_HOME": str(home), **env})
+
+
+def test_nothing_is_made_until_it_is_prepared(tmp_path: Path) -> None:
+    line(tmp_path / "home")
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_shell_that_sources_the_env_file_has_the_settings(tmp_path: Path) -> None:
+    home = tmp_path / "it's a home"
+    made = line(home, RAYLINE_PORT_OFFSET="1000")
+    made.prepare()
+    Path(made.ray_temp_dir).rmdir()
+    script = '. "$1/env"; . "$1/env"; env -0'
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", str(home)], check=True, capture_output=True, text=True
+    )
+    env = dict(entry.split("=", 1) for entry in done.stdout.split("\0") if entry)
+    settings = Settings.from_env(env)
+    assert settings.storage == str(home / "storage")
+    assert settings.http_port == 9000
+    assert settings.ray_address == "http://127.0.0.1:9265"
+    assert env["RAY_AUTH_MODE"] == "token"
+    token = Path(env["RAY_AUTH_TOKEN_PATH"])
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    # A shell is not a part: `make down` must not end it.
+    assert LINE_VARIABLE not in env
+
+
+def test_its_own_env_file_does_not_make_a_line_think_it_was_given_servers(tmp_path: Path) -> None:
+    first = line(tmp_path)
+    again = line(tmp_path, **first.client_env())
+    assert (again.ray_url, again.mlflow_url) == (None, None)
+    assert again.storage == first.storage
+
+
+def test_given_servers_are_used_as_they_are(tmp_path: Path) -> None:
+    given = line(
+        tmp_path,
+        RAY_API_SERVER_ADDRESS="https://ray.example:443/",
+        MLFLOW_TRACKING_URI="https://mlflow.example",
+        RAYLINE_STORAGE="s3://bucket/rayline",
+    )
+    env = given.client_env()
+    assert env["RAY_API_SERVER_ADDRESS"] == "https://ray.example:443"
+    assert env["MLFLOW_TRACKING_URI"] == "https://mlflow.example"
+    assert env["RAYLINE_STORAGE"] == "s3://bucket/rayline"
+    # The user's own token for that cluster stays in force.
+    assert "RAY_AUTH_TOKEN_PATH" not in env
+    assert given.serve_url == "http://ray.example:8000"
+
+
+@pytest.mark.parametrize("missing", ["MLFLOW_TRACKING_URI", "RAYLINE_STORAGE"])
+def test_a_cluster_elsewhere_needs_servers_that_it_can_reach(tmp_path: Path, missing: str) -> None:
+    env = {
+        "RAY_API_SERVER_ADDRESS": "http://ray.example:8265",
+        "MLFLOW_TRACKING_URI": "http://mlflow.example",
+        "RAYLINE_STORAGE": "s3://bucket/rayline",
+    }
+    del env[missing]
+    with pytest.raises(ConfigError, match=f"set {missing}"):
+        line(tmp_path, **env)
+
+
+def test_parts_do_not_hear_of_other_clusters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
+    made = line(tmp_path)
+    env = made.part_env("ray")
+    assert "RAY_ADDRESS" not in env
+    assert "RAY_AUTH_TOKEN" not in env
+    assert env[LINE_VARIABLE] == made.line_id
+    assert env["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+
+
+def test_two_homes_share_no_port_folder_or_mark(tmp_path: Path) -> None:
+    one = line(tmp_path / "one")
+    two = line(tmp_path / "two", RAYLINE_PORT_OFFSET="1000")
+    assert one.line_id != two.line_id
+    assert one.ray_temp_dir != two.ray_temp_dir
+    assert not set(one.ports.values()) & set(two.ports.values())
+    shared = {
+        name
+        for name, value in one.part_env("ray").items()
+        if name.startswith("RAY_SERVE_") and two.part_env("ray")[name] == value
+    }
+    assert shared == {
+        "RAY_SERVE_ENABLE_HA_PROXY",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S",
+        "RAY_SERVE_HAPROXY_NBTHREAD",
+    }
+
+
+def test_ray_s_sockets_fit_their_limit(tmp_path: Path) -> None:
+    made = line(tmp_path / ("long" * 40))
+    node_id = "f" * 56
+    assert len(f"{made.ray_temp_dir}/ha/{node_id}/metrics.sock") < 107
+    session = f"session_2026-12-31_23-59-59_999999_{os.getpid()}"
+    assert len(f"{made.ray_temp_dir}/{session}/sockets/plasma_store") < 107

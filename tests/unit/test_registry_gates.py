@@ -1,0 +1,187 @@
+"""The rules of registration that need no server: ranking, aliases, gates, the choice of runtime."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lib.errors import RefusedError, RegistryError
+from lib.registry.baseline import Baseline, check_against, train_baseline
+from lib.registry.evaluate import evaluate
+from lib.registry.models import Facts, Version
+from lib.registry.registration import choose_aliases
+from lib.registry.runtime import Measured
+from lib.registry.trials import ranked_trials
+
+
+class FakeMlflow:
+    """Runs in memory, handed out in pages of two."""
+
+    def __init__(self, *trials: tuple[str, float | None, str]) -> None:
+        tags = {"rayline.kind": "sweep", "rayline.data_digest": "d" * 32}
+        self.sweep = _run("sweep", {}, "FINISHED", 0, tags)
+        self.children = [
+            _run(name, {} if value is None else {"val_accuracy": value}, status, start)
+            for start, (name, value, status) in enumerate(trials)
+        ]
+
+    def get_run(self, run_id: str) -> Any:
+        return self.sweep
+
+    def search_runs(
+        self, experiment_ids: list[str], page_token: str | None, **query: Any
+    ) -> list[Any]:
+        start = int(page_token or 0)
+        page = _Page(self.children[start : start + 2])
+        page.token = str(start + 2) if start + 2 < len(self.children) else None
+        return page
+
+
+class _Page(list[Any]):
+    token: str | None = None
+
+
+def _run(
+    name: str,
+    metrics: dict[str, float],
+    status: str,
+    start: int,
+    tags: dict[str, str] | None = None,
+) -> Any:
+    return SimpleNamespace(
+        info=SimpleNamespace(
+            run_id=name,
+            experiment_id="1",
+            status=status,
+            start_time=start,
+            artifact_uri=f"mlflow-artifacts:/{name}",
+        ),
+        data=SimpleNamespace(metrics=metrics, tags=tags or {}),
+    )
+
+
+def test_trials_are_ranked_by_validation_over_all_pages_and_ties_go_to_the_earlier() -> None:
+    client: Any = FakeMlflow(
+        ("worse", 0.90, "FINISHED"),
+        ("tied-early", 0.98, "FINISHED"),
+        ("tied-late", 0.98, "FINISHED"),
+        ("failed", 0.99, "FAILED"),
+        ("still-running", 0.995, "RUNNING"),
+        ("no-metric", None, "FINISHED"),
+        ("best", 0.985, "FINISHED"),
+    )
+    ranked = ranked_trials(client, "sweep", "d" * 32)
+    assert [trial.run_id for trial in ranked] == ["best", "tied-early", "tied-late", "worse"]
+    assert ranked[0].checkpoint_uri == "mlflow-artifacts:/best/checkpoint/model.pt"
+
+
+def test_a_sweep_of_other_data_or_without_a_finished_trial_is_refused() -> None:
+    failed: Any = FakeMlflow(("failed", 0.99, "FAILED"))
+    with pytest.raises(RegistryError, match="no finished trial"):
+        ranked_trials(failed, "sweep", "d" * 32)
+    with pytest.raises(RegistryError, match="was trained on data set d"):
+        ranked_trials(failed, "sweep", "e" * 32)
+
+
+@pytest.mark.parametrize(
+    ("pending", "champion", "aliases"),
+    [
+        ([1, 2], None, {"champion": 1, "challenger": 2}),
+        ([1], None, {"champion": 1}),
+        ([3, 4], 1, {"challenger": 3}),
+        # Interrupted after the first alias: version 1 is champion, and pending still.
+        ([1, 2], 1, {"challenger": 2}),
+        # Interrupted after one version; the better one came second.
+        ([2, 1], None, {"champion": 2, "challenger": 1}),
+        ([1], 1, {}),
+        ([], None, {}),
+    ],
+)
+def test_the_champion_is_set_once_and_afterwards_only_the_challenger(
+    pending: list[int], champion: int | None, aliases: dict[str, int]
+) -> None:
+    assert choose_aliases(pending, champion) == aliases
+
+
+def test_far_below_the_baseline_is_two_points() -> None:
+    baseline = Baseline(val_accuracy=0.92, train_rows=100, seconds=1.0)
+    check_against(baseline, 0.9001, "run")
+    with pytest.raises(RefusedError, match=r"0\.8999.*0\.9200") as refused:
+        check_against(baseline, 0.8999, "run")
+    assert "jobs.tune" in str(refused.value)
+
+
+@pytest.mark.parametrize("shape", [(9, 5, 1), (40, 33, 3)])
+def test_the_baseline_learns_a_linear_rule_and_is_the_same_every_time(
+    shape: tuple[int, int, int],
+) -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 600)
+    images = random.integers(0, 100, (600, *shape), dtype=np.uint8)
+    for label in range(3):
+        # Each class is brighter in rows of its own.
+        images[labels == label, label * 2 : label * 2 + 2] += 80
+
+    def train() -> Baseline:
+        return train_baseline(images[:500], labels[:500], images[500:], labels[500:], 3)
+
+    first = train()
+    assert first.val_accuracy > 0.95
+    assert train().val_accuracy == first.val_accuracy
+    assert first.train_rows == 500
+
+
+def test_evaluation_counts_by_class_and_leaves_absent_classes_out() -> None:
+    labels = np.array([0, 0, 0, 1])
+    probabilities = np.eye(3, dtype=np.float32)[[0, 0, 1, 1]]
+    result = evaluate(labels, probabilities, ["cat", "dog", "owl"])
+    assert result.accuracy == 0.75
+    assert result.per_class_accuracy == {"cat": pytest.approx(2 / 3), "dog": 1.0}
+    assert result.macro_accuracy == pytest.approx((2 / 3 + 1) / 2)
+    assert result.macro_f1 == pytest.approx((0.8 + 2 / 3) / 2)
+    assert result.confusion == ((2, 1, 0), (0, 1, 0), (0, 0, 0))
+
+
+def test_the_faster_runtime_over_both_batch_sizes_serves_if_its_labels_agree() -> None:
+    rates = {"onnxruntime": {1: 1_000.0, 128: 1_000.0}, "torch": {1: 500.0, 128: 9_000.0}}
+    assert Measured(device="cuda", images_per_s=rates, labels_agree=True).fastest == "torch"
+    assert Measured(device="cuda", images_per_s=rates, labels_agree=False).fastest == "onnxruntime"
+    rates["torch"][128] = 1_900.0
+    assert Measured(device="cpu", images_per_s=rates, labels_agree=True).fastest == "onnxruntime"
+
+
+@pytest.mark.parametrize("commit", ["c0ffee", None])
+def test_a_version_reads_back_from_its_tags(commit: str | None) -> None:
+    facts: dict[str, Any] = {
+        "trial_run_id": "0123456789abcdef",
+        # Looks like a number in JSON, and is none.
+        "sweep_run_id": "123",
+        "data_digest": "1e5",
+        "git_commit": commit,
+        "git_dirty": True,
+        "val_accuracy": 0.1 + 0.2,
+        "test_accuracy": 0.5,
+        "test_macro_accuracy": 0.5,
+        "test_macro_f1": 0.5,
+        "val_test_gap": -0.2,
+        "per_class_accuracy": {"é, 7": 1.0},
+        "baseline_val_accuracy": 0.9,
+        "onnx_max_difference": 1e-7,
+        "runtime": "torch",
+        "device": "cpu",
+        "images_per_s": {"torch": {"1": 2.0}},
+    }
+    found: Any = SimpleNamespace(
+        name="digits", version="3", creation_timestamp=5, tags=Facts(**facts).to_tags()
+    )
+    version = Version.from_mlflow(found, ("champion",))
+    assert version == Version(
+        **facts, name="digits", version=3, aliases=("champion",), created_ms=5, ready=False
+    )
+    assert version.bundle == "models/digits/3-01234567"
+    del found.tags["rayline.runtime"]
+    with pytest.raises(RegistryError, match=r"version 3 .* not made by `jobs.register`"):
+        Version.from_mlflow(found, ())
