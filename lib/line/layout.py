@@ -142,6 +142,16 @@ class Line:
                 return "127.0.0.1"
         return "127.0.0.2"
 
+    @property
+    def token(self) -> str | None:
+        """Ray's token, if this line's head made one; for a given cluster Ray finds the user's."""
+        if self.ray_url is not None:
+            return None
+        try:
+            return (self.home / "auth_token").read_text()
+        except FileNotFoundError:
+            return None
+
     def settings_env(self) -> dict[str, str]:
         """Return what `lib.config.Settings` reads: for jobs, replicas and users alike."""
         return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -135,18 +134,15 @@ async def _print_log(client: JobSubmissionClient, submission_id: str, tail: _Tai
 
 
 def _client(line: Line) -> JobSubmissionClient:
-    """Return a client; the token is read from this process's environment."""
-    os.environ.update(line.client_env())
-    os.environ.pop("RAY_ADDRESS", None)
-    if line.ray_url is None:
-        os.environ.pop("RAY_AUTH_TOKEN", None)
-    # Imported late: it takes a second, and reads the environment.
+    # Imported late: it takes a second.
     from ray.job_submission import JobSubmissionClient
 
     for name in _CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Ray keeps the first token that a process has read, which may be another cluster's.
+    headers = {"Authorization": f"Bearer {line.token}"} if line.token else None
     try:
-        return JobSubmissionClient(line.dashboard_url)
+        return JobSubmissionClient(line.dashboard_url, headers=headers)
     except (ConnectionError, RuntimeError) as error:
         raise LineError(
             f"Ray at {line.dashboard_url} does not answer ({error}); run `make up` first"

@@ -128,12 +128,15 @@ def test_a_bad_source_ends_the_job_with_what_to_do_and_nothing_half_done(
         cut = "train-images" in file.name
         (broken / file.name).write_bytes(content[:-1000] if cut else content)
     sets = sorted((Path(line.storage) / "data" / "sets").iterdir())
-    env = {**os.environ, **line.env}
+    submit = '. "$1/env" && ray job submit --working-dir . -- python -m jobs.ingest --source "$2"'
     job = subprocess.run(
-        ["ray", "job", "submit", "--working-dir", ".", "--"]
-        + ["python", "-m", "jobs.ingest", "--source", str(broken)],
-        cwd=PROJECT_ROOT, env=env, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        ["bash", "-c", submit, "bash", str(line.home), str(broken)],
+        cwd=PROJECT_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert job.returncode != 0
     assert "train-images-idx3-ubyte" in job.stdout
     assert "truncated" in job.stdout
