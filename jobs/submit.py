@@ -15,6 +15,7 @@ from importlib.util import find_spec
 
 from lib.errors import RaylineError
 from lib.line.layout import Line
+from lib.line.source import absolute_paths
 from lib.line.submission import follow, submit_job
 
 
@@ -32,7 +33,7 @@ def main() -> None:
         # The one setting that differs from job to job; the others are the line's.
         model = os.environ.get("RAYLINE_MODEL")
         env = {"RAYLINE_MODEL": model} if model else {}
-        job_id = submit_job(line, ["-m", module, *arguments.arguments], env=env)
+        job_id = submit_job(line, ["-m", module, *absolute_paths(arguments.arguments)], env=env)
         ended = follow(line, job_id)
     except RaylineError as error:
         sys.exit(f"{type(error).__name__}: {error}")

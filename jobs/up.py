@@ -17,6 +17,7 @@ from lib.config import PRESETS
 from lib.errors import LineError, RaylineError
 from lib.line.layout import Line
 from lib.line.parts import bring_up
+from lib.line.ports import variables
 from lib.line.source import default_model, resolve_source
 from lib.line.submission import Ended, find_running, follow, submit_job
 from lib.line.summary import await_versions, text, write_sample
@@ -24,7 +25,11 @@ from lib.line.summary import await_versions, text, write_sample
 
 def main() -> None:
     """Parse the flags, bring the line up, print where it is."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        epilog=variables(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data", default="mnist", help="mnist, a folder, or torchvision:NAME")
     parser.add_argument("--preset", default="quick", choices=sorted(PRESETS))
     parser.add_argument("--model", help="name of the model (default: digits, or after the folder)")

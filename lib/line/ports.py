@@ -52,6 +52,31 @@ def variable(name: str) -> str:
     return f"RAYLINE_{name.upper()}_PORT"
 
 
+_PLACES = {
+    "RAYLINE_HOME": "folder of the line's state (.rayline)",
+    "RAYLINE_STORAGE": "data sets, models and policy: a folder or URI (.rayline/storage)",
+    "RAY_API_SERVER_ADDRESS": "a Ray cluster that is up, instead of starting one",
+    "MLFLOW_TRACKING_URI": "an MLflow server that is up, instead of starting one",
+    "RAYLINE_HTTP_HOST": "address that the inference port binds (127.0.0.1)",
+    "RAYLINE_MODEL": "name of the model (digits, or after the folder)",
+    "RAYLINE_NUM_CPUS": "cores that Ray gives out (all)",
+    "RAYLINE_NUM_GPUS": "GPUs that Ray gives out (all)",
+    "RAYLINE_OBJECT_STORE_BYTES": "memory of Ray's object store",
+}
+
+
+def variables() -> str:
+    """Return every environment variable of a line with its meaning and default, for people."""
+    rows = {
+        **_PLACES,
+        OFFSET_VARIABLE: "added to every port's default",
+        **{variable(name): f"port: {port.use} ({port.default})" for name, port in PORTS.items()},
+    }
+    width = max(map(len, rows))
+    lines = [f"  {name:{width}}  {use}" for name, use in rows.items()]
+    return "\n".join(["environment variables:", *lines])
+
+
 def read_ports(env: Mapping[str, str], recorded: Mapping[str, int]) -> dict[str, int]:
     """Return every port: its own variable, else the offset, else as last time, else the default.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lib.errors import ConfigError
 
 BUNDLED = "mnist"
 _DOWNLOADED = "torchvision:"
+_PATH_FLAGS = {"--source", "--input", "--output"}
 
 
 def resolve_source(data: str) -> str:
@@ -26,6 +28,19 @@ def resolve_source(data: str) -> str:
             f"folder of pictures per class, or {_DOWNLOADED}NAME, or nothing for MNIST"
         )
     return str(path.resolve())
+
+
+def absolute_paths(arguments: Sequence[str]) -> list[str]:
+    """Return a job's arguments with the user's relative paths made absolute.
+
+    A job runs in a copy of the project, so `photos` must still mean the folder that the user sees.
+    """
+    result = list(arguments)
+    for index, argument in enumerate(result[1:], start=1):
+        is_name = "://" in argument or argument == BUNDLED or argument.startswith(_DOWNLOADED)
+        if result[index - 1] in _PATH_FLAGS and not is_name:
+            result[index] = str(Path(argument).expanduser().resolve())
+    return result
 
 
 def default_model(source: str) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ray
 
 from lib.config import Preset
+
+_SETTLE_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +41,7 @@ class TrialResources:
 
 def trial_resources(preset: Preset) -> TrialResources:
     """Share what is free now among trials, so that a sweep starts at once beside serving."""
-    free = ray.available_resources()
+    free = _settled_resources()
     num_nodes = sum(1 for node in ray.nodes() if node["Alive"])
     has_gpus = ray.cluster_resources().get("GPU", 0.0) > 0
     return share(
@@ -46,6 +50,25 @@ def trial_resources(preset: Preset) -> TrialResources:
         num_nodes=max(1, num_nodes),
         gpus_per_trial=preset.gpus_per_trial,
     )
+
+
+def _settled_resources() -> Mapping[str, float]:
+    """Return what is free once it has stopped growing.
+
+    Ray takes back a worker's CPU some moments after its last task: right after an ingest half of
+    a machine looks taken, and the whole sweep would run on the other half.
+    """
+    total = ray.cluster_resources().get("CPU", 0.0)
+    free: Mapping[str, float] = {}
+    deadline = time.monotonic() + _SETTLE_S
+    while time.monotonic() < deadline:
+        now = ray.available_resources()
+        if not free or now.get("CPU", 0.0) > free.get("CPU", 0.0):
+            free, deadline = now, time.monotonic() + _SETTLE_S
+        if free.get("CPU", 0.0) >= total:
+            break
+        time.sleep(0.1)
+    return free
 
 
 def share(

@@ -28,6 +28,7 @@ from lib.registry.trials import CHECKPOINT_PATH, ranked_trials
 from lib.storage import Storage
 from lib.train import search
 from lib.train.model import ConvNet, ModelConfig
+from lib.train.resources import trial_resources
 
 MNIST = Path(__file__).parents[2] / "lib/data/mnist"
 PRESET = replace(PRESETS["smoke"], num_trials=3, rungs=(1, 3), time_budget_s=300)
@@ -68,6 +69,14 @@ def settings(data: Data, mlflow_server: str) -> Settings:
 @pytest.fixture
 def client(settings: Settings) -> MlflowClient:
     return MlflowClient(settings.mlflow_uri)
+
+
+def test_cores_that_have_just_come_free_are_used(local_ray: None) -> None:
+    @ray.remote(num_cpus=1)
+    def work() -> None: ...
+
+    ray.get([work.remote() for _ in range(20)])
+    assert trial_resources(PRESET).num_parallel == 2
 
 
 def sweeps_and_trials(client: MlflowClient, settings: Settings) -> tuple[list[Run], list[Run]]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lib.errors import ConfigError
-from lib.line.source import default_model, resolve_source
+from lib.line.source import absolute_paths, default_model, resolve_source
 from lib.steps import run_step
 from lib.storage import Storage
 
@@ -92,3 +92,12 @@ def test_a_folder_is_known_to_jobs_by_its_absolute_path(
     assert resolve_source("torchvision:KMNIST") == "torchvision:KMNIST"
     with pytest.raises(ConfigError, match="no such folder"):
         resolve_source("imagse")
+
+
+def test_a_job_finds_the_paths_that_its_user_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["--input", "photos", "--output", "s3://bucket/out", "--model-version", "photos"]
+    assert absolute_paths(given) == ["--input", str(tmp_path / "photos"), *given[2:]]
+    assert absolute_paths(["--source", "mnist"]) == ["--source", "mnist"]
