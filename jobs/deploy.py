@@ -1,43 +1,120 @@
-"""Serve the model's champion and challenger.
+"""Decide what is served: deploy, promote, roll back, shift weights, read the history.
 
-    python -m jobs.deploy
-    python -m jobs.deploy --challenger-share 5 --why "first day of version 3"
+    python -m jobs.deploy                             # champion and challenger
+    python -m jobs.deploy promote 3 --why "2 points better on the night shift"
+    python -m jobs.deploy rollback                    # back to the champion before
+    python -m jobs.deploy weights 3=95 4=5 --shadow 5=20 --pin user-7=4
+    python -m jobs.deploy history
 
-What is served already goes on unchanged; running it again changes nothing.
+What is served already goes on unchanged; running a command again changes nothing more.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib import provenance
 from lib.cli import run
 from lib.config import Settings
-from lib.serving.deploy import CHALLENGER_SHARE, deploy
+from lib.errors import ServingError
+from lib.serving import deploy, policy
+from lib.serving.keys import name_of_caller
+from lib.serving.traffic import COLOCATED, ISOLATED
 from lib.storage import Storage
 
 
-def main() -> Mapping[str, Any]:
-    """Parse, deploy, and return the policy in force."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
+    """Parse, change what is served, and return the policy in force."""
+    arguments = _parse(argv)
+    settings = Settings.from_env()
+    storage = Storage(settings.storage)
+    if arguments.verb == "history":
+        return {"history": [made.to_json() for made in policy.history(storage)]}
+    named = name_of_caller(storage, os.environ.get("RAYLINE_API_KEY"))
+    by: dict[str, Any] = {
+        "who": named or provenance.current().owner or "unknown",
+        "why": arguments.why,
+    }
+    if arguments.verb == "promote":
+        return deploy.promote(settings, storage, arguments.version, **by)
+    if arguments.verb == "rollback":
+        return deploy.rollback(settings, storage, **by)
+    if arguments.verb == "weights":
+        shadows = {_version(name): share for name, share in _pairs(arguments.shadow).items()}
+        return deploy.set_traffic(
+            settings,
+            storage,
+            weights={_version(name): share for name, share in _pairs(arguments.shares).items()},
+            shadows=shadows,
+            pins={key: int(version) for key, version in _pairs(arguments.pin).items()},
+            **by,
+        )
+    return deploy.deploy(
+        settings,
+        storage,
+        challenger_share=arguments.challenger_share,
+        placement=arguments.placement,
+        new_code=arguments.new_code,
+        **by,
+    )
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.deploy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--challenger-share",
         type=float,
-        default=CHALLENGER_SHARE,
-        help="percent of the requests that the challenger answers",
+        default=deploy.CHALLENGER_SHARE,
+        help="percent of the requests that a new challenger answers",
+    )
+    parser.add_argument(
+        "--placement",
+        choices=(ISOLATED, COLOCATED),
+        help="colocated: small versions live in the gateways (default: unchanged)",
+    )
+    parser.add_argument(
+        "--new-code", action="store_true", help="roll this checkout's code out to what is live"
     )
     parser.add_argument("--why", default="jobs.deploy", help="kept in the policy's history")
-    arguments = parser.parse_args()
-    settings = Settings.from_env()
-    return deploy(
-        settings,
-        Storage(settings.storage),
-        who=provenance.current().owner or "unknown",
-        why=arguments.why,
-        challenger_share=arguments.challenger_share,
-    )
+    verbs = parser.add_subparsers(dest="verb", metavar="promote | rollback | weights | history")
+    promote = verbs.add_parser("promote", help="make a version champion")
+    promote.add_argument("version", type=int)
+    rollback = verbs.add_parser("rollback", help="go back to the champion before")
+    weights = verbs.add_parser("weights", help="replace weights, shadows and pins")
+    weights.add_argument("shares", nargs="+", metavar="VERSION=WEIGHT")
+    weights.add_argument("--shadow", action="append", default=[], metavar="VERSION=PERCENT")
+    weights.add_argument("--pin", action="append", default=[], metavar="KEY=VERSION")
+    verbs.add_parser("history", help="who changed what, when and why")
+    for verb in (promote, rollback, weights):
+        # Not again the default, which would hide a reason given before the verb.
+        verb.add_argument("--why", default=argparse.SUPPRESS, help="kept in the policy's history")
+    return parser.parse_args(argv)
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, float]:
+    pairs = {}
+    for text in texts:
+        name, _, value = text.rpartition("=")
+        try:
+            pairs[name] = float(value)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ServingError(f"{text!r} is not of the form NAME=NUMBER, such as 3=95")
+    return pairs
+
+
+def _version(text: str) -> int:
+    if not text.isdecimal():
+        raise ServingError(f"{text!r} is not a version's number")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import BaseModel
 
 from lib.serving.feedback import REQUEST_ID
+from lib.serving.keys import ANYONE
 from lib.serving.payload import MAX_BODY_BYTES, PayloadError
 from lib.serving.router import RETRY_AFTER_S
 from serve_apps import schemas
@@ -29,6 +31,10 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
 JSON: Header = (b"content-type", b"application/json")
+FAST_LANE = "rayline.fast_lane"
+"""In the scope of a request that Serve's own wrapper did not see."""
+UNKNOWN = "unknown"
+"""Caller of a request without a valid key."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +47,8 @@ class Call:
     headers: Mapping[bytes, bytes]
     body: bytes
     request_id: str
+    caller: str
+    """Name of the API key, `anyone` where none is asked for."""
 
     def header(self, name: bytes) -> str | None:
         """Return a header's value, None if it is not there."""
@@ -72,6 +80,8 @@ class Route:
     request: Mapping[str, Any] | None = None
     """Content type → schema of the body."""
     errors: tuple[int, ...] = ()
+    is_open: bool = False
+    """Whether it is answered without an API key, and however much is in flight."""
 
 
 def json_reply(content: Any, status: int = 200) -> Reply:
@@ -79,15 +89,40 @@ def json_reply(content: Any, status: int = 200) -> Reply:
     return Reply(orjson.dumps(content), status)
 
 
+Authenticate = Callable[[Mapping[bytes, bytes]], str]
+"""The name of the caller by the request's headers; raises PayloadError 401."""
+
+
+def anyone(headers: Mapping[bytes, bytes]) -> str:
+    """Let everybody in."""
+    return ANYONE
+
+
 class App:
     """An ASGI application over a table of routes."""
 
-    def __init__(self, routes: list[Route], *, title: str, description: str) -> None:
+    def __init__(
+        self,
+        routes: list[Route],
+        *,
+        title: str,
+        description: str,
+        authenticate: Authenticate = anyone,
+        max_in_flight: int = 256,
+    ) -> None:
         self._exact: dict[str, dict[str, Route]] = {}
         self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
         docs = [
-            Route(method="GET", path="/docs", handler=self._docs, summary="This page."),
-            Route(method="GET", path="/openapi.json", handler=self._openapi, summary="OpenAPI."),
+            Route(
+                method="GET", path="/docs", handler=self._docs, summary="This page.", is_open=True
+            ),
+            Route(
+                method="GET",
+                path="/openapi.json",
+                handler=self._openapi,
+                summary="OpenAPI.",
+                is_open=True,
+            ),
         ]
         for route in [*routes, *docs]:
             if "{" not in route.path:
@@ -102,28 +137,50 @@ class App:
         self._title, self._description = title, description
         self._document: bytes | None = None
         self._routes = routes
+        self._authenticate = authenticate
+        self._max_in_flight = max_in_flight
+        self.in_flight = 0
+        self.finished: Counter[tuple[str, int]] = Counter()
+        """Requests by caller and status."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
         if scope["type"] != "http":
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1") or uuid.uuid4().hex
+        given_id = headers.get(b"x-request-id")
+        request_id = uuid.uuid4().hex if not given_id else given_id.decode("latin-1")
+        self.in_flight += 1
+        caller = UNKNOWN
         try:
-            if not REQUEST_ID.fullmatch(request_id):
+            if given_id and not REQUEST_ID.fullmatch(request_id):
                 raise PayloadError(400, "X-Request-Id: at most 128 letters, digits, `.`, `_`, `-`")
             route, params = self._match(scope["method"], scope["path"])
+            if not route.is_open:
+                caller = self._authenticate(headers)
+                if self.in_flight > self._max_in_flight:
+                    raise PayloadError(
+                        503, f"{self._max_in_flight} requests are in flight here; try again"
+                    )
             body = await _read(headers, receive) if scope["method"] == "POST" else b""
-            reply = await route.handler(Call(params, headers, body, request_id))
+            reply = await route.handler(Call(params, headers, body, request_id, caller))
         except PayloadError as error:
             reply = json_reply({"error": error.message, "request_id": request_id}, error.status)
             if error.status == 503:
                 reply.headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+            elif error.status == 401:
+                reply.headers.append((b"www-authenticate", b"Bearer"))
         except Exception:
             _log.exception("request %s failed", request_id)
             message = "the server failed on this request; its log has the cause under request_id"
             reply = json_reply({"error": message, "request_id": request_id}, 500)
-        reply.headers.append((b"content-length", str(len(reply.body)).encode()))
+        finally:
+            self.in_flight -= 1
+        self.finished[caller, reply.status] += 1
+        reply.headers.append((b"content-length", b"%d" % len(reply.body)))
+        if FAST_LANE in scope:
+            # Elsewhere Serve adds it.
+            reply.headers.append((b"x-request-id", request_id.encode("latin-1")))
         await send(
             {"type": "http.response.start", "status": reply.status, "headers": reply.headers}
         )

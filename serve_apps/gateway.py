@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import orjson
 from ray import serve
 from ray.exceptions import RayActorError
@@ -16,17 +19,24 @@ from lib.serving import oip, payload
 from lib.serving.batcher import Predict
 from lib.serving.bundle import Card
 from lib.serving.feedback import parse_feedback, store_feedback
+from lib.serving.keys import ANYONE, Keys, read_keys
 from lib.serving.payload import PayloadError
 from lib.serving.plan import VERSION_DEPLOYMENT, version_application
 from lib.serving.policy import acknowledge
+from lib.serving.predictor import load_predictor
 from lib.serving.router import Images, Probabilities, Router, Version, with_retries
+from lib.serving.shadow import FLUSH_EVERY_S
+from lib.serving.traffic import COLOCATED
 from lib.storage import Storage
-from serve_apps import schemas
+from serve_apps import fast_lane, schemas
 from serve_apps.asgi import JSON, App, Call, Header, Reply, Route, json_reply
+from serve_apps.scaling import BUSY, CALLS, BusyMeter
 
 POLICY_POLL_S = 0.3
 CALL_DEADLINE_S = 30.0
 LARGE_BODY_BYTES = 2**16
+MAX_INLINE_IMAGES = 64
+"""A colocated batch up to this size is answered on the event loop: a thread would cost more."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,9 +50,8 @@ class Endpoints:
 
     async def predict(self, call: Call) -> Reply:
         """POST /predict: one image in, label and probabilities out."""
-        version = self._router.table.pick(
-            call.params.get("model"), call.header(b"x-model-version"), _key(call)
-        )
+        table = self._router.table
+        version = table.pick(call.params.get("model"), call.header(b"x-model-version"), _key(call))
         body, content_type = call.body, call.header(b"content-type") or ""
         parse = payload.parse_predict
         if len(body) <= LARGE_BODY_BYTES:
@@ -53,6 +62,9 @@ class Endpoints:
             with version.batcher.held():
                 images = await asyncio.to_thread(parse, body, content_type, version.card)
                 probabilities_K = (await self._router.answer(version, images))[0]
+        self._router.copy_to_shadows(
+            table, version, images, probabilities_K[np.newaxis], call.request_id
+        )
         digit = int(probabilities_K.argmax())
         card = version.card
         answer = {
@@ -69,10 +81,14 @@ class Endpoints:
     async def infer(self, call: Call) -> Reply:
         """POST /v2/models/…/infer: the Open Inference Protocol."""
         pin = call.params.get("version") or call.header(b"x-model-version")
-        version = self._router.table.pick(call.params["model"], pin, _key(call))
+        table = self._router.table
+        version = table.pick(call.params["model"], pin, _key(call))
         length = call.header(b"inference-header-content-length")
         request = oip.parse_infer(call.body, length, version.card)
         probabilities_NK = await self._router.answer(version, request.images_NHWC)
+        self._router.copy_to_shadows(
+            table, version, request.images_NHWC, probabilities_NK, call.request_id
+        )
         body, header_length = oip.render_infer(
             version.card, request, probabilities_NK, call.request_id
         )
@@ -108,9 +124,11 @@ class Endpoints:
                 "runtime": version.card.runtime,
                 "class_names": version.card.class_names,
                 "shape": version.card.shape,
+                "placement": version.placement,
             }
             for (name, number), version in sorted(table.versions.items())
         }
+        content["shadows"] = self._router.shadows.counts()
         return Reply(orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS))
 
     async def server(self, call: Call) -> Reply:
@@ -163,7 +181,7 @@ def routes(endpoints: Endpoints) -> list[Route]:
     }
     feedback = {"application/json": {"schema": schemas.Feedback.model_json_schema()}}
     infer = {"application/json": {"schema": {"type": "object"}}, "application/octet-stream": binary}
-    post_errors = (400, 404, 413, 415, 422, 503)
+    post_errors = (400, 401, 404, 413, 415, 422, 503)
     table: list[Route] = []
 
     def add(method: str, path: str, handler: Any, summary: str, **options: Any) -> None:
@@ -176,18 +194,21 @@ def routes(endpoints: Endpoints) -> list[Route]:
         )  # fmt: skip
     add(
         "POST", "/feedback", endpoints.feedback, "Store the true label of an answer.",
-        response=schemas.FeedbackStored, request=feedback, errors=(400, 404, 413, 422, 503),
+        response=schemas.FeedbackStored, request=feedback, errors=(400, 401, 404, 413, 422, 503),
     )  # fmt: skip
-    add("GET", "/traffic", endpoints.traffic, "The traffic policy in force.", errors=(503,))
-    add("GET", "/v2", endpoints.server, "Server metadata.")
-    add("GET", "/v2/health/live", endpoints.live, "Whether the server is up.")
-    add("GET", "/v2/health/ready", endpoints.ready, "Whether models are loaded.", errors=(503,))
+    add("GET", "/traffic", endpoints.traffic, "The traffic policy in force.", errors=(401, 503))
+    add("GET", "/v2", endpoints.server, "Server metadata.", is_open=True)
+    add("GET", "/v2/health/live", endpoints.live, "Whether the server is up.", is_open=True)
+    add(
+        "GET", "/v2/health/ready", endpoints.ready, "Whether models are loaded.",
+        errors=(503,), is_open=True,
+    )  # fmt: skip
     for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        add("GET", base, endpoints.model, "Model metadata.", errors=(404, 503))
-        add("GET", f"{base}/ready", endpoints.model_ready, "Model ready.", errors=(404, 503))
+        add("GET", base, endpoints.model, "Model metadata.", errors=(401, 404, 503))
+        add("GET", f"{base}/ready", endpoints.model_ready, "Model ready.", errors=(401, 404, 503))
         add(
             "POST", f"{base}/infer", endpoints.infer, "Classify a batch.",
-            request=infer, errors=(400, 404, 413, 422, 503),
+            request=infer, errors=(400, 401, 404, 413, 422, 503),
         )  # fmt: skip
     return table
 
@@ -199,26 +220,56 @@ class Gateway:
     def __init__(self, storage: str) -> None:
         self._storage = Storage(storage)
         self._router = Router(self._storage, self._make_predict, deadline_s=CALL_DEADLINE_S)
-        self._following: asyncio.Task[None] | None = None
+        self._keys: Keys | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._meter: BusyMeter | None = None
 
     def __serve_build_asgi_app__(self) -> App:
         """Return the ASGI application; Serve calls this once, inside its event loop."""
-        self._following = asyncio.get_running_loop().create_task(self._follow_policy())
-        return App(
+        loop = asyncio.get_running_loop()
+        self._meter = BusyMeter()
+        self._app = App(
             routes(Endpoints(self._router, self._storage)),
             title="Rayline",
             description="Image classification, several model versions behind one address.",
+            authenticate=self._authenticate,
         )
+        self._tasks = [
+            loop.create_task(self._follow_policy()),
+            loop.create_task(self._keep_records()),
+        ]
+        fast_lane.register(self._app)
+        return self._app
 
     def check_health(self) -> None:
         """Fail Serve's health check if the policy is no longer followed."""
-        if self._following is not None and self._following.done():
-            raise RuntimeError("the task that follows the traffic policy ended")
+        if any(task.done() for task in self._tasks):
+            raise RuntimeError("a task that the gateway lives by has ended; see its log")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return what `serve_apps.scaling` goes by."""
+        return {BUSY: self._meter.read() if self._meter else 0.0, CALLS: self._app.in_flight}
+
+    def _authenticate(self, headers: Mapping[bytes, bytes]) -> str:
+        if self._keys is None:
+            return ANYONE
+        key = headers.get(b"x-api-key")
+        if key is None:
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer":
+                key = b""
+        name = self._keys.name_of(key)
+        if name is None:
+            raise PayloadError(
+                401, "send a valid API key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
+            )
+        return name
 
     async def _follow_policy(self) -> None:
         replica = serve.get_replica_context().replica_id.unique_id
         while True:
             try:
+                self._keys = await asyncio.to_thread(read_keys, self._storage)
                 if await self._router.refresh():
                     generation = self._router.table.policy.generation
                     await self._router.drained()
@@ -228,7 +279,21 @@ class Gateway:
                 _log.exception("the traffic policy could not be read")
             await asyncio.sleep(POLICY_POLL_S)
 
-    async def _make_predict(self, card: Card, bundle: str) -> Predict:
+    async def _keep_records(self) -> None:
+        """Write what shadows said, and one log line for many requests."""
+        while True:
+            await asyncio.sleep(FLUSH_EVERY_S)
+            finished, self._app.finished = self._app.finished, Counter()
+            for (caller, status), count in sorted(finished.items()):
+                _log.info("%d requests of %s answered with %d", count, caller, status)
+            try:
+                await asyncio.to_thread(self._router.shadows.flush)
+            except Exception:
+                _log.exception("what shadows said could not be written; it is kept for now")
+
+    async def _make_predict(self, card: Card, bundle: str, placement: str) -> Predict:
+        if placement == COLOCATED:
+            return await self._make_local_predict(card, bundle)
         application = version_application(card.name, card.version)
         # Finding the application asks the controller and blocks, so not on the event loop.
         handle = await asyncio.to_thread(
@@ -241,6 +306,16 @@ class Gateway:
 
         retriable = (RayActorError, BackPressureError, RequestCancelledError)
         return with_retries(predict, retriable, deadline_s=CALL_DEADLINE_S)
+
+    async def _make_local_predict(self, card: Card, bundle: str) -> Predict:
+        predictor = await asyncio.to_thread(load_predictor, self._storage, bundle, card)
+
+        async def predict(images_NHWC: Images) -> Probabilities:
+            if len(images_NHWC) <= MAX_INLINE_IMAGES:
+                return predictor.predict(images_NHWC)
+            return await asyncio.to_thread(predictor.predict, images_NHWC)
+
+        return predict
 
 
 def build(args: dict[str, str]) -> Application:

@@ -10,6 +10,7 @@ from ray.serve import Application
 from lib.serving.bundle import read_card
 from lib.serving.predictor import load_predictor
 from lib.storage import Storage
+from serve_apps.scaling import BUSY, CALLS, BusyMeter
 
 
 class Version:
@@ -18,9 +19,19 @@ class Version:
     def __init__(self, storage: str, bundle: str) -> None:
         opened = Storage(storage)
         self._predictor = load_predictor(opened, bundle, read_card(opened, bundle))
+        self._meter: BusyMeter | None = None
+        self._calls = 0
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return what `serve_apps.scaling` goes by, since the last call."""
+        calls, self._calls = self._calls, 0
+        return {BUSY: self._meter.read() if self._meter else 0.0, CALLS: float(calls)}
 
     async def predict(self, images_NHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Return probabilities (N, classes) for uint8 images (N, H, W, C)."""
+        self._calls += 1
+        # Made here: this is the thread that does the work.
+        self._meter = self._meter or BusyMeter()
         return self._predictor.predict(images_NHWC)
 
 

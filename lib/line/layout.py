@@ -194,6 +194,10 @@ class Line:
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             # HAProxy that crashed answers again after 8 s (measured); with the default, after 33.
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+            # For each request HAProxy would tell a Python process, and a syslog that isn't there,
+            # which costs a fifth of the answer; the gateway counts its requests itself.
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+            "RAY_SERVE_HAPROXY_LOG_TARGET": "127.0.0.1:514 sample 1:1000",
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{haproxy}/haproxy.cfg",
             "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{haproxy}/admin.sock",

@@ -177,6 +177,22 @@ def ensure_bundle(settings: Settings, storage: Storage, version: Version) -> str
     return write_bundle(storage, Card.from_json(content), onnx, pt2)
 
 
+def set_champion(settings: Settings, name: str, version: int) -> bool:
+    """Make the alias `champion` name a version; return whether it named another one before.
+
+    A challenger that became champion is no challenger any more.
+    """
+    client = connect(settings)
+    with explained(settings, f"setting the champion of {name!r}"):
+        aliases = client.get_registered_model(name).aliases
+        if str(aliases.get(CHALLENGER)) == str(version):
+            client.delete_registered_model_alias(name, CHALLENGER)
+        if str(aliases.get(CHAMPION)) == str(version):
+            return False
+        client.set_registered_model_alias(name, CHAMPION, str(version))
+    return True
+
+
 def _all_versions(client: MlflowClient, name: str) -> list[tuple[ModelVersion, tuple[str, ...]]]:
     try:
         alias_of = client.get_registered_model(name).aliases

@@ -27,7 +27,8 @@ class Batcher:
     """Joins the requests for one version into batches, with at most `max_calls` in flight.
 
     An idle version is called at once, so nothing waits for a timer; under load a batch holds what
-    came in during the call before it.
+    came in during the call before it, or in the same turn of the event loop. A further call starts
+    beside one in flight when a full batch is waiting.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class Batcher:
         self._max_batch = max_batch
         self._max_queued = max_queued
         self._free_calls = max_calls
+        self._calls = 0
         self._queue: deque[tuple[Images, asyncio.Future[Probabilities]]] = deque()
         self._queued_images = 0
+        self._is_starting = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._holds: set[asyncio.Future[None]] = set()
 
@@ -72,14 +75,18 @@ class Batcher:
         return await future
 
     def _start(self) -> None:
-        while self._free_calls and self._queue:
-            batch = self._take()
-            if not batch:
-                continue
-            self._free_calls -= 1
-            task = asyncio.get_running_loop().create_task(self._call(batch))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if self._is_starting or not self._free_calls or not self._queue:
+            return
+        # A second call at once pays only if it is a full one; else a larger batch is cheaper.
+        if self._calls and self._queued_images < self._max_batch:
+            return
+        # The task takes its batch when it runs, so what the event loop reads before is in it too.
+        self._is_starting = True
+        self._calls += 1
+        self._free_calls -= 1
+        task = asyncio.get_running_loop().create_task(self._call())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _take(self) -> list[tuple[Images, asyncio.Future[Probabilities]]]:
         batch: list[tuple[Images, asyncio.Future[Probabilities]]] = []
@@ -95,7 +102,19 @@ class Batcher:
                 size += len(images)
         return batch
 
-    async def _call(self, batch: list[tuple[Images, asyncio.Future[Probabilities]]]) -> None:
+    async def _call(self) -> None:
+        batch = self._take()
+        self._is_starting = False
+        self._start()
+        try:
+            if batch:
+                await self._answer(batch)
+        finally:
+            self._calls -= 1
+            self._free_calls += 1
+            self._start()
+
+    async def _answer(self, batch: list[tuple[Images, asyncio.Future[Probabilities]]]) -> None:
         try:
             images = batch[0][0] if len(batch) == 1 else np.concatenate([item[0] for item in batch])
             probabilities = await self._predict(images)
@@ -105,13 +124,10 @@ class Batcher:
                     future.set_exception(error)
             if isinstance(error, asyncio.CancelledError):
                 raise
-        else:
-            start = 0
-            for images, future in batch:
-                stop = start + len(images)
-                if not future.done():
-                    future.set_result(probabilities[start:stop])
-                start = stop
-        finally:
-            self._free_calls += 1
-            self._start()
+            return
+        start = 0
+        for images, future in batch:
+            stop = start + len(images)
+            if not future.done():
+                future.set_result(probabilities[start:stop])
+            start = stop

@@ -1,29 +1,25 @@
-"""Changes of what is served, in phases, so that no request meets a version that is not there.
+"""What is served: deploy, promote, roll back, shift weights.
 
-Bring new versions up → commit the policy → wait until every gateway follows it and has nothing
-in flight on what left → take that away. A version that fails to load stops at the first phase.
+The traffic policy is the one record of what should be; the registry's alias and Serve's
+applications follow it. Every change here first repairs what a crash left behind halfway.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
-
-import requests
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from lib.cli import progress
 from lib.config import Settings
 from lib.errors import ServingError
-from lib.registry.models import CHALLENGER, CHAMPION, Version, ensure_bundle, versions
-from lib.serving import plan, policy
-from lib.serving.client import ServeClient, live_applications, wait_until
+from lib.serving import policy
+from lib.serving.apply import apply, serve_url
 from lib.serving.traffic import ModelTraffic, Policy
 from lib.storage import Storage
 
-START_DEADLINE_S = 180
-FOLLOW_DEADLINE_S = 60
-PROBE_DEADLINE_S = 60
+if TYPE_CHECKING:
+    from lib.registry.models import Version
 
 CHALLENGER_SHARE = 10.0
 
@@ -35,204 +31,157 @@ def deploy(
     who: str,
     why: str,
     challenger_share: float = CHALLENGER_SHARE,
+    placement: str | None = None,
+    new_code: bool = False,
 ) -> Mapping[str, Any]:
     """Serve the model's champion and challenger; return the policy in force and the address.
 
-    The champion gets what the challenger's share, in percent, leaves. What is served already
-    goes on unchanged, so deploying twice does nothing the second time.
+    A challenger that is new gets its share, in percent, the champion the rest. What is served
+    already goes on unchanged, so deploying twice does nothing the second time.
     """
     if not 0 <= challenger_share < 100:
         raise ServingError(f"the challenger's share {challenger_share} is not in 0–100 %")
     base = policy.current(storage)
-    desired = _desired(settings, storage, base, challenger_share)
-    if desired != (base.models.get(settings.model) if base else None):
-        models = {**(base.models if base else {}), settings.model: desired}
-    else:
-        models = dict(base.models) if base else {}
-    client = ServeClient(settings)
-    _bring_up(settings, storage, client, models)
-    if base is None or models != base.models:
-        default = base.default_model if base else settings.model
-        base = policy.commit(storage, base, models, default_model=default, who=who, why=why)
-        progress("deploy", f"policy generation {base.generation}: {_describe(desired)}")
-    _wait_followed(storage, client, base)
-    _take_away(settings, client, models)
-    _probe(settings, desired)
-    return {"generation": base.generation, "url": _url(settings), **_summary(settings, desired)}
+    desired = _champion_and_challenger(settings, storage, base, challenger_share)
+    if placement:
+        desired = replace(desired, placement=placement)
+    made = apply(settings, storage, base, desired, who=who, why=why, new_code=new_code)
+    _align_registry(settings, desired.champion)
+    return _summary(settings, made)
 
 
-def _desired(
+def promote(
+    settings: Settings, storage: Storage, version: int, *, who: str, why: str
+) -> Mapping[str, Any]:
+    """Make a version champion with all of the traffic; the champion before stays warm."""
+    base, served = _served(settings, storage)
+    if version == served.champion:
+        raise ServingError(f"version {version} is the champion already")
+    bundles = {**served.bundles, **_bundles(settings, storage, [version], served)}
+    kept = {version, served.champion, *served.shadows, *served.pins.values()} - {None}
+    desired = replace(
+        served,
+        weights={version: 100.0, served.champion: 0.0},
+        bundles={number: path for number, path in bundles.items() if number in kept},
+        champion=version,
+        previous_champion=served.champion,
+        shadows={n: percent for n, percent in served.shadows.items() if n != version},
+    )
+    made = apply(settings, storage, base, desired, who=who, why=why)
+    _align_registry(settings, version)
+    return _summary(settings, made)
+
+
+def rollback(settings: Settings, storage: Storage, *, who: str, why: str) -> Mapping[str, Any]:
+    """Give all of the traffic back to the previous champion, which is warm."""
+    base, served = _served(settings, storage)
+    before = served.previous_champion
+    if before is None or before not in served.bundles:
+        raise ServingError(f"{settings.model} has no previous champion to go back to")
+    desired = replace(
+        served,
+        weights={before: 100.0, served.champion: 0.0},
+        champion=before,
+        previous_champion=served.champion,
+        shadows={n: percent for n, percent in served.shadows.items() if n != before},
+    )
+    made = apply(settings, storage, base, desired, who=who, why=why)
+    _align_registry(settings, before)
+    return _summary(settings, made)
+
+
+def set_traffic(
+    settings: Settings,
+    storage: Storage,
+    *,
+    weights: Mapping[int, float],
+    shadows: Mapping[int, float],
+    pins: Mapping[str, int],
+    who: str,
+    why: str,
+) -> Mapping[str, Any]:
+    """Replace weights, shadows and pins; versions that are named are brought up, others leave.
+
+    Champion and previous champion stay up, whatever their weights.
+    """
+    base, served = _served(settings, storage)
+    named = {*weights, *shadows, *pins.values(), served.champion, served.previous_champion}
+    desired = replace(
+        served,
+        weights=dict(weights),
+        shadows=dict(shadows),
+        pins=dict(pins),
+        bundles=_bundles(settings, storage, [n for n in named if n is not None], served),
+    )
+    made = apply(settings, storage, base, desired, who=who, why=why)
+    _align_registry(settings, desired.champion)
+    return _summary(settings, made)
+
+
+def _served(settings: Settings, storage: Storage) -> tuple[Policy, ModelTraffic]:
+    base = policy.current(storage)
+    if base is None or settings.model not in base.models:
+        raise ServingError(f"{settings.model} is not served yet; run jobs.deploy first")
+    return base, base.models[settings.model]
+
+
+def _champion_and_challenger(
     settings: Settings, storage: Storage, base: Policy | None, challenger_share: float
 ) -> ModelTraffic:
+    from lib.registry.models import CHALLENGER, CHAMPION, versions
+
     served = base.models.get(settings.model) if base else None
-    by_alias = {alias: version for version in versions(settings) for alias in version.aliases}
-    champion, challenger = by_alias.get(CHAMPION), by_alias.get(CHALLENGER)
+    known = {version.version: version for version in versions(settings)}
+    aliases = {alias: number for number, found in known.items() for alias in found.aliases}
+    challenger = aliases.get(CHALLENGER)
+    champion = served.champion if served else aliases.get(CHAMPION)
     if champion is None:
         raise ServingError(f"{settings.model} has no champion; run jobs.register first")
-    if served and served.champion == champion.version:
-        known = {champion.version} | ({challenger.version} if challenger else set())
-        if known == set(served.bundles):
-            # Weights that somebody set since then are theirs to change.
-            return served
-    served_versions: list[Version] = [champion]
-    weights = {champion.version: 100.0}
-    if challenger is not None and challenger.version != champion.version:
-        served_versions.append(challenger)
-        weights = {
-            champion.version: 100.0 - challenger_share,
-            challenger.version: challenger_share,
-        }
-    return ModelTraffic(
-        weights=weights,
-        bundles={
-            version.version: ensure_bundle(settings, storage, version)
-            for version in served_versions
-        },
-        champion=champion.version,
-        previous_champion=served.previous_champion if served else None,
-    )
+    if served and (challenger is None or challenger in served.bundles):
+        # Weights that somebody set since then are theirs to change.
+        return served
+    weights = {champion: 100.0}
+    if challenger is not None and challenger != champion:
+        weights = {champion: 100.0 - challenger_share, challenger: challenger_share}
+    if served is None:
+        bundles = _bundles(settings, storage, list(weights), served)
+        return ModelTraffic(weights=weights, bundles=bundles, champion=champion)
+    kept = {*weights, served.previous_champion, *served.shadows, *served.pins.values()} - {None}
+    bundles = _bundles(settings, storage, [n for n in kept if n is not None], served)
+    return replace(served, weights=weights, bundles=bundles)
 
 
-def _applications(
-    settings: Settings,
-    live: Mapping[str, Any],
-    code_uri: str,
-    models: Mapping[str, ModelTraffic],
-) -> list[dict[str, Any]]:
-    applications = [plan.application(settings, live, code_uri, name=plan.GATEWAY, bundle=None)]
-    for name, traffic in models.items():
-        for version, bundle in traffic.bundles.items():
-            application = plan.version_application(name, version)
-            applications.append(
-                plan.application(settings, live, code_uri, name=application, bundle=bundle)
-            )
-    return applications
+def _bundles(
+    settings: Settings, storage: Storage, numbers: list[int], served: ModelTraffic | None
+) -> dict[int, str]:
+    """Return bundle paths, of what is served as they are, of others published from MLflow."""
+    there = dict(served.bundles) if served else {}
+    found: dict[int, str] = {}
+    for number in sorted(set(numbers)):
+        if number not in there:
+            from lib.registry.models import ensure_bundle, resolve
+
+            version: Version = resolve(settings, settings.model, str(number))
+            there[number] = ensure_bundle(settings, storage, version)
+        found[number] = there[number]
+    return found
 
 
-def _bring_up(
-    settings: Settings, storage: Storage, client: ServeClient, models: Mapping[str, ModelTraffic]
-) -> None:
-    details = client.details()
-    live = live_applications(details)
-    wanted = _applications(settings, live, plan.publish_code(storage), models)
-    names = [config["name"] for config in wanted]
-    statuses = {name: _status(details, name) for name in names}
-    if all(live.get(config["name"]) == config for config in wanted) and all(
-        status == "RUNNING" for status in statuses.values()
-    ):
-        return
-    others = [config for name, config in live.items() if name not in names]
-    progress("deploy", f"bringing up {', '.join(names)}")
-    client.apply(plan.serve_config(settings, [*wanted, *others]))
-    try:
-        _wait_running(client, names)
-    except ServingError:
-        # What was served before goes on; the version that failed leaves no trace in Serve.
-        client.apply(plan.serve_config(settings, list(live.values())))
-        raise
+def _align_registry(settings: Settings, champion: int) -> None:
+    # Imported late, here and above: MLflow takes seconds, and rolling back must not wait for it.
+    from lib.registry.models import set_champion
+
+    if set_champion(settings, settings.model, champion):
+        progress("deploy", f"the registry's champion is now version {champion}, as the policy says")
 
 
-def _wait_running(client: ServeClient, names: list[str]) -> None:
-    seen: dict[str, str] = {}
-
-    def all_running() -> bool:
-        details = client.details()
-        for name in names:
-            status = _status(details, name)
-            if seen.get(name) != status:
-                seen[name] = status
-                progress("deploy", f"{name}: {status.lower()}")
-            if status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise ServingError(f"{name} failed to start: {_reason(details, name)}")
-        return all(seen[name] == "RUNNING" for name in names)
-
-    wait_until(all_running, deadline_s=START_DEADLINE_S, what=f"start of {', '.join(names)}")
-
-
-def _status(details: Mapping[str, Any], name: str) -> str:
-    return str(details.get("applications", {}).get(name, {}).get("status", "NOT_STARTED"))
-
-
-def _reason(details: Mapping[str, Any], name: str) -> str:
-    application = details["applications"][name]
-    messages = [application.get("message", "")]
-    messages += [item.get("message", "") for item in application.get("deployments", {}).values()]
-    return " ".join(message for message in messages if message)[-2000:]
-
-
-def _wait_followed(storage: Storage, client: ServeClient, wanted: Policy) -> None:
-    def followed() -> bool:
-        deployments = client.details()["applications"][plan.GATEWAY]["deployments"]
-        running = [
-            replica["replica_id"]
-            for deployment in deployments.values()
-            for replica in deployment["replicas"]
-            if replica["state"] == "RUNNING"
-        ]
-        return bool(running) and all(
-            policy.acknowledged(storage, replica) >= wanted.generation for replica in running
-        )
-
-    wait_until(followed, deadline_s=FOLLOW_DEADLINE_S, what="the gateways' change of policy")
-
-
-def _take_away(settings: Settings, client: ServeClient, models: Mapping[str, ModelTraffic]) -> None:
-    live = live_applications(client.details())
-    kept = {plan.GATEWAY} | {
-        plan.version_application(name, version)
-        for name, traffic in models.items()
-        for version in traffic.bundles
-    }
-    if leaving := sorted(set(live) - kept):
-        progress("deploy", f"taking away {', '.join(leaving)}")
-        client.apply(plan.serve_config(settings, [live[name] for name in sorted(kept)]))
-
-
-def _probe(settings: Settings, desired: ModelTraffic) -> None:
-    """Ask every version once through the address that callers use."""
-    base = f"{_url(settings)}/v2/models/{settings.model}"
-    for version in desired.bundles:
-        url = f"{base}/versions/{version}"
-        last = "nothing yet"
-
-        def answers(url: str = url) -> bool:
-            nonlocal last
-            try:
-                shape = [1, *requests.get(url, timeout=30).json()["inputs"][0]["shape"][1:]]
-                tensor = {"name": "images", "datatype": "UINT8", "shape": shape}
-                body = {"inputs": [{**tensor, "data": [0] * math.prod(shape)}]}
-                answer = requests.post(f"{url}/infer", json=body, timeout=60)
-            except (requests.RequestException, LookupError) as error:
-                # The ingress may just be coming back; a version that is wrong stays wrong.
-                last = repr(error)
-                return False
-            last = answer.text[:500]
-            return answer.ok
-
-        try:
-            wait_until(answers, deadline_s=PROBE_DEADLINE_S, what=f"an answer of version {version}")
-        except ServingError as error:
-            raise ServingError(f"{error}; it said: {last}") from error
-        progress("deploy", f"version {version} answers")
-
-
-def _host(settings: Settings) -> str:
-    return "127.0.0.1" if settings.http_host == "0.0.0.0" else settings.http_host
-
-
-def _url(settings: Settings) -> str:
-    return f"http://{_host(settings)}:{settings.http_port}"
-
-
-def _describe(traffic: ModelTraffic) -> str:
-    total = sum(traffic.weights.values())
-    shares = [f"v{version} {100 * w / total:g} %" for version, w in traffic.weights.items()]
-    return ", ".join(shares)
-
-
-def _summary(settings: Settings, traffic: ModelTraffic) -> dict[str, Any]:
+def _summary(settings: Settings, made: Policy) -> dict[str, Any]:
+    traffic = made.models[settings.model]
     return {
+        "generation": made.generation,
+        "url": serve_url(settings),
         "model": settings.model,
         "champion": traffic.champion,
+        "previous_champion": traffic.previous_champion,
         "weights": {str(version): weight for version, weight in traffic.weights.items()},
     }

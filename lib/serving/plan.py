@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import zipfile
@@ -12,10 +13,12 @@ from typing import Any
 import yaml
 
 from lib.config import Settings
+from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
 
 GATEWAY = "gateway"
 VERSION_DEPLOYMENT = "Version"
+_MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
 _ROOT = Path(__file__).parents[2]
 
@@ -53,23 +56,61 @@ def publish_code(storage: Storage) -> str:
     return f"{storage.uri.rstrip('/')}/{relative}"
 
 
-def application(
+def names(models: Mapping[str, ModelTraffic]) -> set[str]:
+    """Return the names of all applications that a policy needs."""
+    versions = {
+        version_application(name, version)
+        for name, traffic in models.items()
+        for version in traffic.isolated()
+    }
+    return {GATEWAY} | versions
+
+
+def applications(
+    settings: Settings,
+    live: Mapping[str, Any],
+    code_uri: str,
+    models: Mapping[str, ModelTraffic],
+) -> list[dict[str, Any]]:
+    """Return the configs of the gateway and of every version that is an application of its own.
+
+    An application that is live keeps its code and options, but for its least number of replicas:
+    champion and previous champion stay warm, the others may go to zero.
+    """
+    wanted = [_application(settings, live, code_uri, name=GATEWAY, bundle=None)]
+    for name, traffic in models.items():
+        for version in traffic.isolated():
+            application = _application(
+                settings,
+                live,
+                code_uri,
+                name=version_application(name, version),
+                bundle=traffic.bundles[version],
+            )
+            is_warm = version in (traffic.champion, traffic.previous_champion)
+            for deployment in application["deployments"]:
+                deployment["autoscaling_config"]["min_replicas"] = int(is_warm)
+            wanted.append(application)
+    return wanted
+
+
+def _application(
     settings: Settings, live: Mapping[str, Any], code_uri: str, *, name: str, bundle: str | None
 ) -> dict[str, Any]:
-    """Return the config of the gateway (no bundle) or of one version.
-
-    An application that is live keeps its code and options; only one of another bundle is new.
-    """
     args = {"storage": settings.storage} | ({"bundle": bundle} if bundle else {})
     if name in live and live[name].get("args") == args:
-        return dict(live[name])
+        return copy.deepcopy(dict(live[name]))
     template = yaml.safe_load((_ROOT / "serve_apps" / "config.yaml").read_text())
+    kind = "version" if bundle else "gateway"
     return {
-        **template["version" if bundle else "gateway"],
+        **template[kind],
         "name": name,
         "route_prefix": None if bundle else "/",
         "args": args,
-        "runtime_env": {"working_dir": code_uri},
+        "runtime_env": {
+            "working_dir": code_uri,
+            "env_vars": {_MIDDLEWARES: f"serve_apps.fast_lane:{kind}"},
+        },
     }
 
 

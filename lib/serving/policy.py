@@ -31,6 +31,11 @@ def current(storage: Storage, *, known: Policy | None = None) -> Policy | None:
     return known
 
 
+def history(storage: Storage) -> list[Policy]:
+    """Return every policy that there was, oldest first."""
+    return [Policy.from_json(storage.read_json(path)) for path in storage.list("traffic")]
+
+
 def commit(
     storage: Storage,
     base: Policy | None,

@@ -14,14 +14,18 @@ from lib.serving import policy as policies
 from lib.serving.batcher import Batcher, Predict, QueueFull, Unavailable
 from lib.serving.bundle import Card, read_card
 from lib.serving.payload import PayloadError
-from lib.serving.traffic import ModelTraffic, Policy, choose
+from lib.serving.shadow import Shadows
+from lib.serving.traffic import COLOCATED, ModelTraffic, Policy, choose, is_shadowed
 from lib.storage import Storage
 
 Images = npt.NDArray[np.uint8]
 Probabilities = npt.NDArray[np.float32]
-MakePredict = Callable[[Card, str], Awaitable[Predict]]
+MakePredict = Callable[[Card, str, str], Awaitable[Predict]]
+"""Makes the function that answers for a version, of its card, bundle and placement."""
 
 RETRY_AFTER_S = 1
+MAX_CALLS = 4
+"""To the replicas of a version at once, from one gateway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class Version:
 
     card: Card
     bundle: str
+    placement: str
     batcher: Batcher
 
 
@@ -53,7 +58,7 @@ class Table:
         """Return the version for a request; raise PayloadError 404 for an unknown one."""
         name, traffic = self.model(name)
         if pin is None:
-            number = choose(traffic.weights, key)
+            number = traffic.pins.get(key) or choose(traffic.weights, key)
         elif pin.isdecimal() and len(pin) < 10 and int(pin) in traffic.bundles:
             number = int(pin)
         else:
@@ -73,6 +78,7 @@ class Router:
         self._deadline_s = deadline_s
         self._table: Table | None = None
         self._retired: list[Batcher] = []
+        self.shadows = Shadows(storage)
 
     @property
     def table(self) -> Table:
@@ -95,15 +101,20 @@ class Router:
         for name, traffic in policy.models.items():
             for number, bundle in traffic.bundles.items():
                 version = old.get((name, number))
-                if version is None or version.bundle != bundle:
-                    card = await asyncio.to_thread(read_card, self._storage, bundle)
-                    predict = await self._make_predict(card, bundle)
-                    version = Version(card, bundle, Batcher(predict))
+                placement = traffic.placement_of(number)
+                if version is None or (version.bundle, version.placement) != (bundle, placement):
+                    version = await self._open(bundle, placement)
                 versions[name, number] = version
         kept = {id(version) for version in versions.values()}
         self._retired += [version.batcher for version in old.values() if id(version) not in kept]
         self._table = Table(policy, versions)
         return True
+
+    async def _open(self, bundle: str, placement: str) -> Version:
+        card = await asyncio.to_thread(read_card, self._storage, bundle)
+        predict = await self._make_predict(card, bundle, placement)
+        max_calls = 1 if placement == COLOCATED else MAX_CALLS
+        return Version(card, bundle, placement, Batcher(predict, max_calls=max_calls))
 
     async def drained(self) -> None:
         """Wait until versions that left the policy have nothing queued or in flight."""
@@ -126,6 +137,31 @@ class Router:
                 f"version {version.card.version} gave no answer in time; "
                 "try again, and look at `serve status`",
             ) from None
+
+    def copy_to_shadows(
+        self,
+        table: Table,
+        version: Version,
+        images_NHWC: Images,
+        answer_NK: Probabilities,
+        request_id: str,
+    ) -> None:
+        """Give the shadows of this request's model their copies; returns at once."""
+        name = version.card.name
+        for number, percent in table.policy.models[name].shadows.items():
+            if number != version.card.version and is_shadowed(percent, number, request_id):
+                self.shadows.send(
+                    table.versions[name, number],
+                    images_NHWC,
+                    request_id=request_id,
+                    answered_by=version.card.version,
+                    answer_NK=answer_NK,
+                    run=_submit,
+                )
+
+
+async def _submit(version: Version, images_NHWC: Images) -> Probabilities:
+    return await version.batcher.submit(images_NHWC)
 
 
 def with_retries(

@@ -5,10 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lib.errors import ServingError
+
+ISOLATED = "isolated"
+"""Every version is a Serve application of its own, with its own scaling and failures."""
+COLOCATED = "colocated"
+"""Small versions live in the gateways: no call between processes, the lowest cost a request."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,14 +26,37 @@ class ModelTraffic:
     """Version → bundle path below the storage root, for every version that is up."""
     champion: int
     previous_champion: int | None = None
+    placement: str = ISOLATED
+    shadows: Mapping[int, float] = field(default_factory=dict)
+    """Version → percent of the requests of which it gets a copy; its answers go to no caller."""
+    pins: Mapping[str, int] = field(default_factory=dict)
+    """Routing key → the version that answers it, whatever the weights."""
+
+    def placement_of(self, version: int) -> str:
+        """Return where a version runs; one that is only a shadow never runs inside a gateway."""
+        is_only_shadow = version in self.shadows and not self.weights.get(version)
+        return ISOLATED if is_only_shadow else self.placement
+
+    def isolated(self) -> list[int]:
+        """Return the versions that are Serve applications of their own."""
+        return [number for number in self.bundles if self.placement_of(number) == ISOLATED]
 
     def __post_init__(self) -> None:
         """Refuse a policy that could not be served."""
-        unknown = set(self.weights) - set(self.bundles)
-        if unknown:
-            raise ServingError(f"versions {sorted(unknown)} have a weight but are not deployed")
+        for what, versions in (
+            ("have a weight", self.weights),
+            ("are shadows", self.shadows),
+            ("are pinned", self.pins.values()),
+        ):
+            if unknown := set(versions) - set(self.bundles):
+                raise ServingError(f"versions {sorted(unknown)} {what} but are not deployed")
         if self.champion not in self.bundles:
             raise ServingError(f"champion {self.champion} is not deployed")
+        if self.placement not in (ISOLATED, COLOCATED):
+            raise ServingError(f"placement {self.placement!r} is neither isolated nor colocated")
+        for version, percent in self.shadows.items():
+            if not 0 < percent <= 100:
+                raise ServingError(f"shadow {version}: {percent!r} is not in 0–100 percent")
         for version, weight in self.weights.items():
             if not math.isfinite(weight) or weight < 0:
                 raise ServingError(f"weight {weight!r} of version {version} is not ≥ 0")
@@ -63,15 +91,17 @@ class Policy:
         """Rebuild a policy from JSON, whose keys are strings."""
         fields = dict(content)
         fields["models"] = {
-            name: ModelTraffic(
-                weights={int(version): weight for version, weight in model["weights"].items()},
-                bundles={int(version): path for version, path in model["bundles"].items()},
-                champion=model["champion"],
-                previous_champion=model["previous_champion"],
-            )
+            name: ModelTraffic(**{**model, **{key: _by_version(model[key]) for key in _MAPS}})
             for name, model in content["models"].items()
         }
         return cls(**fields)
+
+
+_MAPS = ("weights", "bundles", "shadows")
+
+
+def _by_version(content: Mapping[str, Any]) -> dict[int, Any]:
+    return {int(version): value for version, value in content.items()}
 
 
 def choose(weights: Mapping[int, float], key: str) -> int:
@@ -92,6 +122,12 @@ def choose(weights: Mapping[int, float], key: str) -> int:
         if score > best or (score == best and version < chosen):
             chosen, best = version, score
     return chosen
+
+
+def is_shadowed(percent: float, version: int, request_id: str) -> bool:
+    """Whether a shadow gets a copy of this request; always the same answer for one request."""
+    digest = hashlib.blake2b(request_id.encode(), digest_size=8, salt=b"shadow").digest()
+    return 100 * _unit(int.from_bytes(digest, "little"), version) < percent
 
 
 _MASK = (1 << 64) - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +18,26 @@ from lib.storage import Storage
 from lib.train.model import ConvNet, ModelConfig, Served
 from tests.bench.parts import ROOT
 
-NAME = "digits"
+ISOLATED_NAME = "digits"
+COLOCATED_NAME = "digits-colocated"
 SHAPE = (28, 28, 1)
 _CLASSES = tuple("0123456789")
 
 
-def bundle(version: int) -> str:
+def bundle(name: str, version: int) -> str:
     """Return a version's folder below the storage root."""
-    return bundle_path(NAME, version, _run_id(version))
+    return bundle_path(name, version, _run_id(version))
 
 
 def write_bundles(storage: Storage, *, num_versions: int) -> list[Path]:
-    """Export versions of the smallest default model; return their ONNX files.
+    """Export versions of the smallest default model under both names; return their ONNX files.
 
     Speed does not depend on the weights, so they are random: version N has seed N.
     """
     files = []
     for version in range(1, num_versions + 1):
         card = Card(
-            name=NAME,
+            name=ISOLATED_NAME,
             version=version,
             run_id=_run_id(version),
             data_digest="0" * 32,
@@ -55,9 +57,9 @@ def write_bundles(storage: Storage, *, num_versions: int) -> list[Path]:
                 Path(folder) / "model",
                 card.run_id,
             )
-            path = write_bundle(
-                storage, card, exported.onnx_file.read_bytes(), exported.pt2_file.read_bytes()
-            )
+            onnx, pt2 = exported.onnx_file.read_bytes(), exported.pt2_file.read_bytes()
+        path = write_bundle(storage, card, onnx, pt2)
+        write_bundle(storage, replace(card, name=COLOCATED_NAME), onnx, pt2)
         files.append(Path(storage.path(f"{path}/{ONNX_FILE}")))
     return files
 

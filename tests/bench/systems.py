@@ -20,11 +20,12 @@ from lib.config import Settings
 from lib.errors import ServingError
 from lib.line.layout import Line
 from lib.line.processes import find
-from lib.serving import plan, policy
+from lib.serving import policy
+from lib.serving.apply import apply
 from lib.serving.bundle import ONNX_FILE
 from lib.serving.client import ServeClient, wait_until
 from lib.serving.predictor import OnnxPredictor
-from lib.serving.traffic import ModelTraffic
+from lib.serving.traffic import COLOCATED, ISOLATED, ModelTraffic
 from lib.storage import Storage
 from tests.bench import models
 from tests.bench.parts import (
@@ -39,6 +40,7 @@ from tests.bench.parts import (
 from tests.bench.report import BenchError, say
 
 WEIGHTS = (90, 10)
+_PLACEMENTS = {ISOLATED: models.ISOLATED_NAME, COLOCATED: models.COLOCATED_NAME}
 _READY_S = 120.0
 
 
@@ -54,36 +56,28 @@ class System:
 
 
 @contextmanager
-def rayline(folder: Path) -> Iterator[System]:
-    """Deploy the real gateway and versions on a head with the line's own settings."""
+def rayline(folder: Path) -> Iterator[list[System]]:
+    """Deploy the real gateway and versions on a head of the line's, a model in each placement."""
     line = dataclasses.replace(
         make_line(folder / "ours", OURS_PORT), storage_uri=str(folder / "storage")
     )
     with running(line, "ray"):
         say("serving: deploying rayline")
         _deploy_rayline(line)
-        yield _ray_system("rayline", "rayline, 2 versions 90/10, isolated", line)
+        yield [
+            _ray_system(placement, f"rayline {placement}, 2 versions 90/10", line, f"/{name}")
+            for placement, name in _PLACEMENTS.items()
+        ]
 
 
 def _deploy_rayline(line: Line) -> None:
-    settings, storage, client = _settings(line), Storage(line.storage), _client(line)
-    bundles = {version: models.bundle(version) for version in range(1, len(WEIGHTS) + 1)}
-    code = plan.publish_code(storage)
-    wanted = [plan.application(settings, {}, code, name=plan.GATEWAY, bundle=None)]
-    wanted += [
-        plan.application(
-            settings, {}, code, name=plan.version_application(models.NAME, version), bundle=path
-        )
-        for version, path in bundles.items()
-    ]
-    client.apply(plan.serve_config(settings, wanted))
-    _await_running(client, [str(config["name"]) for config in wanted])
-    traffic = ModelTraffic(
-        weights=dict(zip(bundles, WEIGHTS, strict=True)), bundles=bundles, champion=1
-    )
-    policy.commit(
-        storage, None, {models.NAME: traffic}, default_model=models.NAME, who="bench", why="bench"
-    )
+    settings, storage = _settings(line), Storage(line.storage)
+    for placement, name in _PLACEMENTS.items():
+        bundles = {v: models.bundle(name, v) for v in range(1, len(WEIGHTS) + 1)}
+        weights = dict(zip(bundles, WEIGHTS, strict=True))
+        traffic = ModelTraffic(weights=weights, bundles=bundles, champion=1, placement=placement)
+        own = dataclasses.replace(settings, model=name)
+        apply(own, storage, policy.current(storage), traffic, who="bench", why="bench")
 
 
 @contextmanager
@@ -99,7 +93,7 @@ def serve_defaults(folder: Path) -> Iterator[System]:
         say("serving: deploying Ray Serve's defaults")
         storage = Storage(str(folder / "storage"))
         files = [
-            storage.path(f"{models.bundle(version)}/{ONNX_FILE}")
+            storage.path(f"{models.bundle(models.ISOLATED_NAME, version)}/{ONNX_FILE}")
             for version in range(1, len(WEIGHTS) + 1)
         ]
         client = _client(line)
@@ -120,12 +114,14 @@ def serve_defaults(folder: Path) -> Iterator[System]:
             }
         )
         _await_running(client, ["defaults"])
-        yield _ray_system("serve", "Ray Serve's defaults, router + 2 versions 90/10", line)
+        yield _ray_system("serve", "Ray Serve's defaults, router + 2 versions 90/10", line, "")
 
 
 @contextmanager
 def fastapi(folder: Path) -> Iterator[System]:
-    model = Storage(str(folder / "storage")).path(f"{models.bundle(1)}/{ONNX_FILE}")
+    model = Storage(str(folder / "storage")).path(
+        f"{models.bundle(models.ISOLATED_NAME, 1)}/{ONNX_FILE}"
+    )
     arguments = [sys.executable, "-m", "tests.bench.fastapi_peer", model]
     arguments += [str(number) for number in (*models.SHAPE, FASTAPI_PORT)]
     base = f"http://127.0.0.1:{FASTAPI_PORT}"
@@ -142,11 +138,11 @@ def fastapi(folder: Path) -> Iterator[System]:
         )
 
 
-def _ray_system(name: str, title: str, line: Line) -> System:
+def _ray_system(name: str, title: str, line: Line, path: str) -> System:
     return System(
         name=name,
         title=title,
-        url=f"{line.serve_url}/predict",
+        url=f"{line.serve_url}/predict{path}",
         processes=lambda: find(line.line_id, line.ray_temp_dir, "ray"),
     )
 

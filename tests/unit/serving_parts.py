@@ -49,7 +49,7 @@ def by_brightness(images_NHWC: Images) -> Probabilities:
     return np.eye(3, dtype=np.float32)[first]
 
 
-async def make_predict(card: Card, bundle: str) -> Predict:
+async def make_predict(card: Card, bundle: str, placement: str) -> Predict:
     async def predict(images_NHWC: Images) -> Probabilities:
         return by_brightness(images_NHWC)
 

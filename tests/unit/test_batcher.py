@@ -63,10 +63,18 @@ def test_batches_stay_within_their_bound_and_a_larger_request_goes_alone() -> No
         await asyncio.sleep(0)
         model.gate.set()
         answers = await asyncio.gather(*tasks)
-        assert model.batches == [1, 3, 2, 6, 1]
+        assert model.batches == [4, 2, 6, 1]
         assert [len(answer) for answer in answers] == [1, 3, 2, 6, 1]
 
     asyncio.run(scenario())
+
+
+async def in_flight(batcher: Batcher) -> asyncio.Task[Probabilities]:
+    """Submit image 0 and return once its batch is on its way."""
+    task = asyncio.create_task(batcher.submit(images(0)))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    return task
 
 
 def test_a_full_queue_refuses_at_once_and_those_admitted_are_answered() -> None:
@@ -74,7 +82,8 @@ def test_a_full_queue_refuses_at_once_and_those_admitted_are_answered() -> None:
         model = Model()
         model.gate.clear()
         batcher = Batcher(model.predict, max_queued=3)
-        admitted = [asyncio.create_task(batcher.submit(images(n))) for n in range(4)]
+        admitted = [await in_flight(batcher)]
+        admitted += [asyncio.create_task(batcher.submit(images(n))) for n in range(1, 4)]
         await asyncio.sleep(0)
         with pytest.raises(QueueFull):
             await batcher.submit(images(9))
@@ -112,7 +121,8 @@ def test_a_cancelled_request_leaves_its_batch_and_the_others_are_answered() -> N
         model = Model()
         model.gate.clear()
         batcher = Batcher(model.predict)
-        tasks = [asyncio.create_task(batcher.submit(images(n))) for n in range(4)]
+        tasks = [await in_flight(batcher)]
+        tasks += [asyncio.create_task(batcher.submit(images(n))) for n in range(1, 4)]
         await asyncio.sleep(0)
         tasks[2].cancel()
         await asyncio.sleep(0)

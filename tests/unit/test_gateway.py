@@ -230,7 +230,7 @@ def test_before_the_first_deploy_the_gateway_is_live_and_not_ready(tmp_path: Pat
 
 
 def test_a_version_that_does_not_answer_is_a_503_at_the_deadline(tmp_path: Path) -> None:
-    async def never(card: Card, bundle: str) -> Predict:
+    async def never(card: Card, bundle: str, placement: str) -> Predict:
         async def predict(images_NHWC: Images) -> Probabilities:
             await asyncio.Event().wait()
             raise AssertionError
@@ -247,7 +247,7 @@ def test_a_version_that_does_not_answer_is_a_503_at_the_deadline(tmp_path: Path)
 
 
 def test_a_fault_of_the_server_is_a_500_that_tells_no_internals(tmp_path: Path) -> None:
-    async def broken(card: Card, bundle: str) -> Predict:
+    async def broken(card: Card, bundle: str, placement: str) -> Predict:
         async def predict(images_NHWC: Images) -> Probabilities:
             raise RuntimeError("secret path")
 
