@@ -18,6 +18,7 @@ from ray.serve.exceptions import BackPressureError, RequestCancelledError
 from lib.serving import oip, payload
 from lib.serving.batcher import Predict
 from lib.serving.bundle import Card
+from lib.serving.channel import ChannelLost, Channels, channel_folder
 from lib.serving.feedback import parse_feedback, store_feedback
 from lib.serving.keys import ANYONE, Keys, read_keys
 from lib.serving.payload import PayloadError
@@ -221,6 +222,7 @@ class Gateway:
         self._storage = Storage(storage)
         self._router = Router(self._storage, self._make_predict, deadline_s=CALL_DEADLINE_S)
         self._keys: Keys | None = None
+        self._channels: dict[str, Channels] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._meter: BusyMeter | None = None
 
@@ -270,6 +272,8 @@ class Gateway:
         while True:
             try:
                 self._keys = await asyncio.to_thread(read_keys, self._storage)
+                for channels in self._channels.values():
+                    await channels.refresh()
                 if await self._router.refresh():
                     generation = self._router.table.policy.generation
                     await self._router.drained()
@@ -300,11 +304,19 @@ class Gateway:
             serve.get_deployment_handle, VERSION_DEPLOYMENT, application
         )
 
+        folder = channel_folder(self._storage.uri)
+        channels = Channels(folder, application, len(card.class_names))
+        await channels.refresh()
+        self._channels[application] = channels
+
         async def predict(images_NHWC: Images) -> Probabilities:
+            channel = channels.pick()
+            if channel is not None:
+                return await channel.call(images_NHWC)
             result: Probabilities = await handle.predict.remote(images_NHWC)
             return result
 
-        retriable = (RayActorError, BackPressureError, RequestCancelledError)
+        retriable = (ChannelLost, RayActorError, BackPressureError, RequestCancelledError)
         return with_retries(predict, retriable, deadline_s=CALL_DEADLINE_S)
 
     async def _make_local_predict(self, card: Card, bundle: str) -> Predict:

@@ -8,6 +8,8 @@ from ray import serve
 from ray.serve import Application
 
 from lib.serving.bundle import read_card
+from lib.serving.channel import channel_folder, serve_channel
+from lib.serving.plan import version_application
 from lib.serving.predictor import load_predictor
 from lib.storage import Storage
 from serve_apps.scaling import BUSY, CALLS, BusyMeter
@@ -16,11 +18,23 @@ from serve_apps.scaling import BUSY, CALLS, BusyMeter
 class Version:
     """A replica of a version: loads the bundle, answers batches."""
 
-    def __init__(self, storage: str, bundle: str) -> None:
+    async def __init__(self, storage: str, bundle: str) -> None:  # type: ignore[misc]
         opened = Storage(storage)
-        self._predictor = load_predictor(opened, bundle, read_card(opened, bundle))
+        card = read_card(opened, bundle)
+        self._predictor = load_predictor(opened, bundle, card)
         self._meter: BusyMeter | None = None
         self._calls = 0
+        self._channel = await serve_channel(
+            channel_folder(storage),
+            version_application(card.name, card.version),
+            serve.get_replica_context().replica_id.unique_id,
+            self._answer,
+            card.shape,
+        )
+
+    def __del__(self) -> None:
+        """Take the socket away first, when Serve stops the replica: no more calls come then."""
+        self._channel.withdraw()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return what `serve_apps.scaling` goes by, since the last call."""
@@ -29,6 +43,9 @@ class Version:
 
     async def predict(self, images_NHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Return probabilities (N, classes) for uint8 images (N, H, W, C)."""
+        return self._answer(images_NHWC)
+
+    def _answer(self, images_NHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         self._calls += 1
         # Made here: this is the thread that does the work.
         self._meter = self._meter or BusyMeter()
