@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from lib.serving.batcher import Predict
 from lib.serving.bundle import Card
 from lib.serving.channel import ChannelLost, Channels, channel_folder
 from lib.serving.feedback import parse_feedback, store_feedback
-from lib.serving.keys import ANYONE, Keys, read_keys
+from lib.serving.keys import Keys, authenticate, read_keys
 from lib.serving.payload import PayloadError
 from lib.serving.plan import VERSION_DEPLOYMENT, version_application
 from lib.serving.policy import acknowledge
@@ -234,7 +233,7 @@ class Gateway:
             routes(Endpoints(self._router, self._storage)),
             title="Rayline",
             description="Image classification, several model versions behind one address.",
-            authenticate=self._authenticate,
+            authenticate=lambda headers: authenticate(self._keys, headers),
         )
         self._tasks = [
             loop.create_task(self._follow_policy()),
@@ -251,21 +250,6 @@ class Gateway:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return what `serve_apps.scaling` goes by."""
         return {BUSY: self._meter.read() if self._meter else 0.0, CALLS: self._app.in_flight}
-
-    def _authenticate(self, headers: Mapping[bytes, bytes]) -> str:
-        if self._keys is None:
-            return ANYONE
-        key = headers.get(b"x-api-key")
-        if key is None:
-            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-            if scheme.lower() != b"bearer":
-                key = b""
-        name = self._keys.name_of(key)
-        if name is None:
-            raise PayloadError(
-                401, "send a valid API key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
-            )
-        return name
 
     async def _follow_policy(self) -> None:
         replica = serve.get_replica_context().replica_id.unique_id

@@ -78,6 +78,8 @@ def open_shards(storage: Storage, shards: Sequence[Shard]) -> ray.data.Dataset:
         # Reading is short and mostly input: asking for a whole CPU, it would wait for ever where
         # replicas reserve a part of each.
         num_cpus=0,
+        # Without a bound Ray starts a process a shard, which costs seconds each.
+        concurrency=max(1, int(ray.cluster_resources().get("CPU", 1))),
     )
     dataset.context.execution_options.preserve_order = True
     return dataset

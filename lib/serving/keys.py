@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lib.errors import ServingError
+from lib.serving.payload import PayloadError
 from lib.storage import Storage
 
 KEYS_FILE = "keys.json"
@@ -89,6 +90,23 @@ def remove_key(storage: Storage, name: str) -> None:
         raise ServingError(f"there is no key named {name!r}; there are: {there}")
     del content["keys"][name]
     storage.write_json(KEYS_FILE, content)
+
+
+def authenticate(keys: Keys | None, headers: Mapping[bytes, bytes]) -> str:
+    """Return the caller's name by the headers of a request; raise PayloadError 401."""
+    if keys is None:
+        return ANYONE
+    key = headers.get(b"x-api-key")
+    if key is None:
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            key = b""
+    name = keys.name_of(key)
+    if name is None:
+        raise PayloadError(
+            401, "send a valid API key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
+        )
+    return name
 
 
 def name_of_caller(storage: Storage, key: str | None) -> str | None:

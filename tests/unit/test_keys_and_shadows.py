@@ -1,0 +1,230 @@
+"""Who may ask, how much is admitted, and copies of requests that reach no caller."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+
+from lib.errors import ServingError
+from lib.serving import policy
+from lib.serving.batcher import Predict
+from lib.serving.bundle import Card, write_bundle
+from lib.serving.keys import (
+    INTERNAL,
+    KEYS_FILE,
+    add_key,
+    authenticate,
+    internal_headers,
+    list_keys,
+    name_of_caller,
+    read_keys,
+    remove_key,
+)
+from lib.serving.payload import PayloadError
+from lib.serving.router import Images, Probabilities, Router
+from lib.serving.traffic import COLOCATED, ISOLATED, ModelTraffic
+from lib.storage import Storage
+from serve_apps.asgi import App
+from serve_apps.gateway import Endpoints, routes
+from tests.unit.serving_parts import by_brightness, card, make_predict, publish, request
+
+IMAGE = bytes(24)
+RAW = {"content-type": "application/octet-stream"}
+
+
+def test_without_keys_everybody_may_ask(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    assert read_keys(storage) is None
+    assert authenticate(None, {}) == "anyone"
+    assert internal_headers(storage) == {}
+    assert name_of_caller(storage, None) is None
+
+
+def test_a_key_is_known_by_its_name_in_either_header_until_it_is_removed(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    day, night = add_key(storage, "day"), add_key(storage, "night")
+    keys = read_keys(storage)
+    assert authenticate(keys, {b"authorization": f"Bearer {day}".encode()}) == "day"
+    assert authenticate(keys, {b"x-api-key": night.encode()}) == "night"
+    assert name_of_caller(storage, night) == "night"
+    for wrong in (
+        {},
+        {b"x-api-key": b""},
+        {b"x-api-key": day[:-1].encode()},
+        {b"authorization": f"Basic {day}".encode()},
+    ):
+        with pytest.raises(PayloadError) as caught:
+            authenticate(keys, wrong)
+        assert caught.value.status == 401
+    assert set(list_keys(storage)) == {"day", "night"}
+    remove_key(storage, "day")
+    remove_key(storage, "night")
+    # No key is left: nobody gets in, but for the line itself.
+    with pytest.raises(PayloadError):
+        authenticate(read_keys(storage), {b"x-api-key": day.encode()})
+    own = internal_headers(storage)["X-API-Key"].encode()
+    assert authenticate(read_keys(storage), {b"x-api-key": own}) == INTERNAL
+
+
+def test_no_key_is_kept_and_bad_names_are_refused(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    key = add_key(storage, "day")
+    assert key not in (tmp_path / KEYS_FILE).read_text()
+    for name in ("day", "a b", "", "anyone", INTERNAL):
+        with pytest.raises(ServingError):
+            add_key(storage, name)
+    with pytest.raises(ServingError, match="there are: day"):
+        remove_key(storage, "nigth")
+    with pytest.raises(ServingError, match="RAYLINE_API_KEY"):
+        name_of_caller(storage, "wrong")
+
+
+def test_a_gateway_asks_for_keys_but_not_for_docs_and_health(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        storage = Storage(str(tmp_path))
+        publish(storage, {1: 100})
+        key = add_key(storage, "day")
+        keys = read_keys(storage)
+        router = Router(storage, make_predict)
+        await router.refresh()
+        app = App(
+            routes(Endpoints(router, storage)),
+            title="t",
+            description="d",
+            authenticate=lambda headers: authenticate(keys, headers),
+        )
+        for path in ("/docs", "/openapi.json", "/v2", "/v2/health/live", "/v2/health/ready"):
+            assert (await request(app, "GET", path)).status == 200
+        refused = await request(app, "POST", "/predict", IMAGE, RAW)
+        assert (refused.status, refused.headers["www-authenticate"]) == (401, "Bearer")
+        assert (await request(app, "GET", "/traffic")).status == 401
+        answer = await request(app, "POST", "/predict", IMAGE, {**RAW, "x-api-key": key})
+        assert answer.status == 200
+        assert app.finished["day", 200] == 1
+        assert app.finished["unknown", 401] == 2
+
+    asyncio.run(scenario())
+
+
+def test_beyond_the_bound_requests_are_refused_at_once_and_the_others_answered(
+    tmp_path: Path,
+) -> None:
+    gate = asyncio.Event()
+
+    async def slow(card: Card, bundle: str, placement: str) -> Predict:
+        async def predict(images_NHWC: Images) -> Probabilities:
+            await gate.wait()
+            return by_brightness(images_NHWC)
+
+        return predict
+
+    async def scenario() -> None:
+        storage = Storage(str(tmp_path))
+        publish(storage, {1: 100})
+        router = Router(storage, slow)
+        await router.refresh()
+        app = App(routes(Endpoints(router, storage)), title="t", description="d", max_in_flight=3)
+        admitted = [
+            asyncio.ensure_future(request(app, "POST", "/predict", IMAGE, RAW)) for _ in range(3)
+        ]
+        await asyncio.sleep(0)
+        refused = await asyncio.wait_for(request(app, "POST", "/predict", IMAGE, RAW), 1)
+        assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+        assert (await request(app, "GET", "/v2/health/live")).status == 200
+        gate.set()
+        assert [answer.status for answer in await asyncio.gather(*admitted)] == [200] * 3
+        assert app.in_flight == 0
+
+    asyncio.run(scenario())
+
+
+def shadowed(storage: Storage, *, placement: str = ISOLATED, percent: float = 100) -> None:
+    bundles = {number: write_bundle(storage, card(number), b"", b"") for number in (1, 2)}
+    traffic = ModelTraffic(
+        weights={1: 100}, bundles=bundles, champion=1, placement=placement, shadows={2: percent}
+    )
+    policy.commit(
+        storage, None, {"shapes": traffic}, default_model="shapes", who="test", why="test"
+    )
+
+
+async def ask(router: Router, storage: Storage, count: int) -> None:
+    app = App(routes(Endpoints(router, storage)), title="t", description="d")
+    for number in range(count):
+        answer = await request(app, "POST", "/predict", bytes([number % 256]) + bytes(23), RAW)
+        assert (answer.status, answer.json["model_version"]) == (200, 1)
+
+
+def test_a_shadow_gets_copies_that_are_compared_and_kept(tmp_path: Path) -> None:
+    async def differing(card: Card, bundle: str, placement: str) -> Predict:
+        async def predict(images_NHWC: Images) -> Probabilities:
+            # The shadow says class 0 to everything: right for one of three.
+            return by_brightness(images_NHWC if card.version == 1 else np.zeros_like(images_NHWC))
+
+        return predict
+
+    async def scenario() -> None:
+        storage = Storage(str(tmp_path))
+        shadowed(storage)
+        router = Router(storage, differing)
+        await router.refresh()
+        await ask(router, storage, 9)
+        await router.table.versions["shapes", 2].batcher.wait_idle()
+        await asyncio.sleep(0)
+        count = router.shadows.counts()["shapes/2"]
+        assert (count["compared"], count["agreed"], count["failed"]) == (9, 3, 0)
+        router.shadows.flush()
+        files = storage.list("shadow", recursive=True)
+        rows = [orjson.loads(line) for file in files for line in storage.read(file).splitlines()]
+        assert len(rows) == 9
+        assert {row["shadow_label"] for row in rows} == {"square"}
+        assert sum(row["label"] == "square" for row in rows) == 3
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_a_shadow_that_hangs_or_fails_reaches_no_caller(tmp_path: Path, is_slow: bool) -> None:
+    async def bad_shadow(card: Card, bundle: str, placement: str) -> Predict:
+        async def predict(images_NHWC: Images) -> Probabilities:
+            if card.version == 2 and is_slow:
+                await asyncio.Event().wait()
+            if card.version == 2:
+                raise RuntimeError("broken")
+            return by_brightness(images_NHWC)
+
+        return predict
+
+    async def scenario() -> None:
+        storage = Storage(str(tmp_path))
+        shadowed(storage)
+        router = Router(storage, bad_shadow)
+        await router.refresh()
+        await asyncio.wait_for(ask(router, storage, 3000), 60)
+        count = router.shadows.counts()["shapes/2"]
+        assert count["compared"] == 0
+        assert count["dropped" if is_slow else "failed"] > 0
+
+    asyncio.run(scenario())
+
+
+def test_a_shadow_gets_its_share_and_never_runs_inside_a_gateway(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        storage = Storage(str(tmp_path))
+        shadowed(storage, placement=COLOCATED, percent=25)
+        router = Router(storage, make_predict)
+        await router.refresh()
+        placements = {number: v.placement for (_, number), v in router.table.versions.items()}
+        assert placements == {1: COLOCATED, 2: ISOLATED}
+        await ask(router, storage, 2)
+        for _ in range(4):
+            await ask(router, storage, 250)
+        await router.table.versions["shapes", 2].batcher.wait_idle()
+        await asyncio.sleep(0)
+        assert 180 < router.shadows.counts()["shapes/2"]["compared"] < 320
+
+    asyncio.run(scenario())
