@@ -26,8 +26,8 @@ def main() -> int:
     """Run the parts; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--rounds", type=int, default=3, help="times each measurement is repeated")
-    parser.add_argument("--seconds", type=float, default=5, help="length of one load of serving")
+    parser.add_argument("--rounds", type=int, default=5, help="times each measurement is repeated")
+    parser.add_argument("--seconds", type=float, default=3, help="length of one load of serving")
     parser.add_argument("--json", type=Path, help="where all figures go (default: .rayline/bench/)")
     arguments = parser.parse_args()
     chosen = [part for part in PARTS if part in arguments.parts] or list(PARTS)
@@ -108,8 +108,8 @@ def _minutes(chosen: list[str], options: Any) -> float:
     # Start and end of heads and servers, then rounds; measured on two cores.
     seconds = {
         "ingest": 20 + 5 * 4,
-        "search": 40 + options.rounds * 60,
-        "serving": 75 + options.rounds * 9 * (options.seconds + 2),
+        "search": 40 + options.rounds * 100,
+        "serving": 150 + options.rounds * 24 * (options.seconds + 2),
     }
     return sum(seconds[part] for part in chosen) / 60
 

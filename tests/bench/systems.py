@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow.onnx
 import numpy as np
+import onnx
 import psutil
 import requests
+from mlflow.models import infer_signature
 
 from lib.config import Settings
 from lib.errors import ServingError
@@ -29,8 +34,8 @@ from lib.serving.traffic import COLOCATED, ISOLATED, ModelTraffic
 from lib.storage import Storage
 from tests.bench import models
 from tests.bench.parts import (
-    FASTAPI_PORT,
     OURS_PORT,
+    PEERS_PORT,
     ROOT,
     SERVE_PEER_PORT,
     command,
@@ -53,6 +58,9 @@ class System:
     url: str
     processes: Callable[[], list[psutil.Process]]
     """Everything that it runs."""
+    body: str = "image.raw"
+    """File that is posted: raw pixels, or JSON where a system takes nothing else."""
+    content_type: str = "application/octet-stream"
 
 
 @contextmanager
@@ -119,23 +127,124 @@ def serve_defaults(folder: Path) -> Iterator[System]:
 
 @contextmanager
 def fastapi(folder: Path) -> Iterator[System]:
-    model = Storage(str(folder / "storage")).path(
-        f"{models.bundle(models.ISOLATED_NAME, 1)}/{ONNX_FILE}"
-    )
-    arguments = [sys.executable, "-m", "tests.bench.fastapi_peer", model]
-    arguments += [str(number) for number in (*models.SHAPE, FASTAPI_PORT)]
-    base = f"http://127.0.0.1:{FASTAPI_PORT}"
-    log = folder / "fastapi.log"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with command(arguments, env=env, url=f"{base}/openapi.json", log=log) as process:
-        say("serving: FastAPI + uvicorn is up")
-        whole = psutil.Process(process.pid)
+    """Start FastAPI on uvicorn, from this environment."""
+    arguments = [sys.executable, "-m", "tests.bench.peers.fastapi_peer", *_numbers(folder, 0)]
+    with _server(folder, "fastapi", arguments, "openapi.json", {}) as (base, processes):
         yield System(
             name="fastapi",
             title="FastAPI + uvicorn, 1 version, 1 process",
             url=f"{base}/predict",
-            processes=lambda: [whole, *whole.children(recursive=True)],
+            processes=processes,
         )
+
+
+@contextmanager
+def litserve(folder: Path) -> Iterator[System]:
+    """Start LitServe, from the peers' environment."""
+    script = str(ROOT / "tests/bench/peers/litserve_peer.py")
+    arguments = [str(peers_python()), script, *_numbers(folder, 1)]
+    with _server(folder, "litserve", arguments, "health", {}, port=1) as (base, processes):
+        yield System(
+            name="litserve",
+            title="LitServe, 1 version, 1 worker, batches ≤ 64, JSON",
+            url=f"{base}/predict",
+            processes=processes,
+            body="image.json",
+            content_type="application/json",
+        )
+
+
+@contextmanager
+def bentoml(folder: Path) -> Iterator[System]:
+    """Start BentoML, from the peers' environment."""
+    model, *shape, port = _numbers(folder, 2)
+    arguments = [str(peers_python().with_name("bentoml")), "serve", "bentoml_peer:Digits"]
+    arguments += ["--host", "127.0.0.1", "--port", port]
+    arguments += ["--working-dir", str(ROOT / "tests/bench/peers")]
+    env = {"BENCH_MODEL": model, "BENCH_SHAPE": ",".join(shape), "BENTOML_DO_NOT_TRACK": "true"}
+    with _server(folder, "bentoml", arguments, "healthz", env, port=2) as (base, processes):
+        yield System(
+            name="bentoml",
+            title="BentoML, 1 version, 1 worker, JSON",
+            url=f"{base}/predict",
+            processes=processes,
+            body="image.json",
+            content_type="application/json",
+        )
+
+
+@contextmanager
+def mlflow_server(folder: Path) -> Iterator[System]:
+    """Start MLflow's scoring server, from this environment, on the same ONNX file."""
+    model, *_, port = _numbers(folder, 3)
+    saved = folder / "mlflow-model"
+    example = np.zeros((2, *models.SHAPE), np.uint8)
+    signature = infer_signature(example, np.zeros((2, 10), np.float32))
+    mlflow.onnx.save_model(onnx.load(model), str(saved), signature=signature)
+    arguments = [str(Path(sys.executable).with_name("mlflow")), "models", "serve"]
+    arguments += ["--model-uri", str(saved), "--env-manager", "local", "--workers", "1"]
+    arguments += ["--host", "127.0.0.1", "--port", port]
+    with _server(folder, "mlflow", arguments, "health", {}, port=3) as (base, processes):
+        yield System(
+            name="mlflow",
+            title="MLflow's scoring server, 1 version, 1 worker, JSON",
+            url=f"{base}/invocations",
+            processes=processes,
+            body="inputs.json",
+            content_type="application/json",
+        )
+
+
+def peers_python() -> Path:
+    """Return Python of the peers' own environment; make that if it is missing."""
+    home = ROOT / ".rayline" / "bench" / "peers"
+    python = home / "bin" / "python"
+    wanted = (ROOT / "tests/bench/peers/requirements.txt").read_text()
+    done = home / "installed.txt"
+    if not done.exists() or done.read_text() != wanted:
+        say("serving: installing the peers in an environment of their own")
+        uv = [sys.executable, "-m", "uv"]
+        subprocess.run([*uv, "venv", "-q", "--clear", str(home)], check=True)
+        requirements = str(ROOT / "tests/bench/peers/requirements.txt")
+        install = [*uv, "pip", "install", "-q", "--python", str(python), "-r", requirements]
+        subprocess.run(install, check=True)
+        done.write_text(wanted)
+    return python
+
+
+def write_bodies(folder: Path, image: np.ndarray[Any, Any]) -> None:
+    """Write the same image in every form that a system takes."""
+    (folder / "image.raw").write_bytes(image.tobytes())
+    encoded = base64.b64encode(image.tobytes()).decode()
+    (folder / "image.json").write_text(json.dumps({"image": encoded}))
+    (folder / "inputs.json").write_text(json.dumps({"inputs": image[None].tolist()}))
+
+
+def _numbers(folder: Path, index: int) -> list[str]:
+    """Return model file, shape and port, as the peers' scripts take them."""
+    bundle = models.bundle(models.ISOLATED_NAME, 1)
+    model = Storage(str(folder / "storage")).path(f"{bundle}/{ONNX_FILE}")
+    return [model, *(str(number) for number in (*models.SHAPE, PEERS_PORT + index))]
+
+
+@contextmanager
+def _server(
+    folder: Path,
+    name: str,
+    arguments: list[str],
+    health: str,
+    env: Mapping[str, str],
+    *,
+    port: int = 0,
+) -> Iterator[tuple[str, Callable[[], list[psutil.Process]]]]:
+    base = f"http://127.0.0.1:{PEERS_PORT + port}"
+    merged = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    with command(
+        arguments, env=merged, url=f"{base}/{health}", log=folder / f"{name}.log"
+    ) as process:
+        say(f"serving: {name} is up")
+        whole = psutil.Process(process.pid)
+        yield base, lambda: [whole, *whole.children(recursive=True)]
 
 
 def _ray_system(name: str, title: str, line: Line, path: str) -> System:
@@ -170,7 +279,7 @@ def _await_running(client: ServeClient, names: Sequence[str]) -> None:
 
 
 def check_answers(
-    systems: Sequence[System], image: np.ndarray[Any, Any], predictor: OnnxPredictor
+    systems: Sequence[System], folder: Path, image: np.ndarray[Any, Any], predictor: OnnxPredictor
 ) -> None:
     """See that every system gives the probabilities of version 1, computed here."""
     expected = predictor.predict(image[None])[0]
@@ -179,20 +288,14 @@ def check_answers(
 
         def answers(system: System = system) -> bool:
             nonlocal last
+            headers = {"Content-Type": system.content_type, "X-Model-Version": "1"}
+            body = (folder / system.body).read_bytes()
             try:
-                answer = requests.post(
-                    system.url,
-                    image.tobytes(),
-                    headers={
-                        "Content-Type": "application/octet-stream",
-                        "X-Model-Version": "1",
-                    },
-                    timeout=30,
-                )
+                answer = requests.post(system.url, body, headers=headers, timeout=30)
             except requests.RequestException as error:
                 last = str(error)
                 return False
-            last = f"{answer.status_code} {answer.text[:500]}"
+            last = f"{answer.status_code} {answer.text[:1000]}"
             return answer.ok
 
         try:
@@ -205,5 +308,9 @@ def check_answers(
 
 
 def _probabilities(text: str) -> list[float]:
-    found = json.loads(text)["probabilities"]
+    content = json.loads(text)
+    if "predictions" in content:
+        found = content["predictions"]
+        return list((found["probabilities"] if isinstance(found, dict) else found)[0])
+    found = content["probabilities"]
     return list(found.values()) if isinstance(found, dict) else list(found)

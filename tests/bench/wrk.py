@@ -16,8 +16,13 @@ _SCRIPT = """
 local file = io.open(os.getenv("BENCH_BODY"), "rb")
 wrk.method = "POST"
 wrk.body = file:read("*all")
-wrk.headers["Content-Type"] = "application/octet-stream"
+wrk.headers["Content-Type"] = os.getenv("BENCH_TYPE")
 file:close()
+local mean_ms = tonumber(os.getenv("BENCH_DELAY_MS"))
+if mean_ms > 0 then
+  -- Questions come as if from many people who know nothing of each other.
+  delay = function() return -math.log(1 - math.random()) * mean_ms end
+end
 done = function(summary, latency, requests)
   local e = summary.errors
   io.write(string.format(
@@ -46,8 +51,19 @@ def require() -> None:
         raise BenchError("wrk, which makes the load, is not installed: apt-get install wrk")
 
 
-def post(url: str, body_file: Path, *, connections: int, seconds: float) -> Load:
+def post(
+    url: str,
+    body_file: Path,
+    *,
+    connections: int,
+    seconds: float,
+    content_type: str = "application/octet-stream",
+    rate_per_s: float | None = None,
+) -> Load:
     """Post a file from one thread and so many keep-alive connections.
+
+    With a rate, every connection waits a random time (exponential) before it asks again, so that
+    all together ask that often as long as answers are quick; else it asks at once.
 
     Raises BenchError if one request failed: a server that refuses quickly must not look fast.
     """
@@ -61,7 +77,12 @@ def post(url: str, body_file: Path, *, connections: int, seconds: float) -> Load
             # Slow is a figure, no failure: the default counts answers after 2 s as errors.
             *("--timeout", f"{_TIMEOUT_S}s", "-s", str(script), url),
         ],
-        env={"BENCH_BODY": str(body_file), "PATH": "/usr/bin:/bin:/usr/local/bin"},
+        env={
+            "BENCH_BODY": str(body_file),
+            "BENCH_TYPE": content_type,
+            "BENCH_DELAY_MS": str(1000 * connections / rate_per_s if rate_per_s else 0),
+            "PATH": "/usr/bin:/bin:/usr/local/bin",
+        },
         executable=shutil.which("wrk"),
         capture_output=True,
         text=True,

@@ -1,0 +1,262 @@
+"""Changes of what is served, by the commands that people use, while callers keep asking."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from mlflow import MlflowClient
+
+from lib.config import Settings
+from lib.errors import ServingError
+from lib.line.layout import PROJECT_ROOT
+from lib.serving import policy
+from lib.serving.apply import apply
+from lib.serving.bundle import read_card, write_bundle
+from lib.serving.client import ServeClient
+from lib.storage import Storage
+from tests.data_sources import mnist
+from tests.e2e.clients import load, until
+from tests.e2e.conftest import LiveLine
+from tests.e2e.test_serving import replicas
+
+TIMEOUT_S = 60
+FOLLOWED_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def image() -> bytes:
+    return mnist("test")[0][0].tobytes()
+
+
+@pytest.fixture(scope="module")
+def settings(line: LiveLine) -> Settings:
+    # Ray's token is found by the environment, as in a shell that read the line's env file.
+    os.environ.update(line.env)
+    return Settings.from_env(line.env)
+
+
+def deploy(line: LiveLine, *arguments: str) -> Any:
+    done = line.run("jobs.deploy", *arguments)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def alias(settings: Settings) -> int:
+    client = MlflowClient(settings.mlflow_uri)
+    return int(client.get_model_version_by_alias("digits", "champion").version)
+
+
+def in_force(line: LiveLine) -> Any:
+    return requests.get(f"{line.url}/traffic", timeout=TIMEOUT_S).json()
+
+
+def answered_by(line: LiveLine, image: bytes, count: int = 60) -> set[int]:
+    headers = {"Content-Type": "application/octet-stream"}
+    return {
+        requests.post(f"{line.url}/predict", image, headers=headers, timeout=TIMEOUT_S).json()[
+            "model_version"
+        ]
+        for _ in range(count)
+    }
+
+
+def test_weights_promote_and_rollback_fail_no_request_and_move_the_alias(
+    line: LiveLine, settings: Settings, image: bytes
+) -> None:
+    champion = in_force(line)["models"]["digits"]["champion"]
+    other = next(
+        int(number)
+        for number in in_force(line)["models"]["digits"]["bundles"]
+        if number != str(champion)
+    )
+    with load(line.url, image, num_clients=4) as counts:
+        until(lambda: counts.answered > 100, what="100 answers before the changes")
+        made = deploy(line, "weights", f"{champion}=50", f"{other}=50", "--why", "half and half")
+        assert made["weights"] == {str(champion): 50.0, str(other): 50.0}
+        assert answered_by(line, image) == {champion, other}
+        made = deploy(line, "promote", str(other), "--why", "better on the night shift")
+        assert (made["champion"], made["previous_champion"]) == (other, champion)
+        assert answered_by(line, image) == {other}
+        assert alias(settings) == other
+        made = deploy(line, "rollback")
+        assert (made["champion"], made["previous_champion"]) == (champion, other)
+        assert answered_by(line, image) == {champion}
+        assert alias(settings) == champion
+    assert counts.failures == []
+    history = deploy(line, "history")["history"]
+    assert [made["generation"] for made in history] == list(range(1, len(history) + 1))
+    assert history[-2]["why"] == "better on the night shift"
+    assert all(made["who"] for made in history)
+
+
+def test_a_change_is_in_force_everywhere_within_two_seconds(
+    line: LiveLine, settings: Settings
+) -> None:
+    storage = Storage(line.storage)
+    base = policy.current(storage)
+    assert base is not None
+    gateways = replicas(ServeClient(settings), "gateway")
+    traffic = base.models["digits"]
+    started = time.monotonic()
+    made = policy.commit(
+        storage,
+        base,
+        {**base.models, "digits": replace(traffic, pins={"user-1": traffic.champion})},
+        default_model=base.default_model,
+        who="test",
+        why="test",
+    )
+    until(
+        lambda: all(
+            policy.acknowledged(storage, gateway) >= made.generation for gateway in gateways
+        ),
+        deadline_s=30,
+        what="the change at every gateway",
+    )
+    assert time.monotonic() - started < FOLLOWED_S
+
+
+def test_a_broken_version_stops_at_the_first_phase_and_harms_nobody(
+    line: LiveLine, settings: Settings, image: bytes
+) -> None:
+    storage = Storage(line.storage)
+    base = policy.current(storage)
+    assert base is not None
+    traffic = base.models["digits"]
+    card = replace(read_card(storage, traffic.bundles[traffic.champion]), version=99)
+    bundle = write_bundle(storage, card, b"no model", b"no model")
+    broken = replace(
+        traffic, bundles={**traffic.bundles, 99: bundle}, weights={**traffic.weights, 99: 50.0}
+    )
+    with load(line.url, image, num_clients=4) as counts:
+        until(lambda: counts.answered > 100, what="100 answers before the deploy")
+        with pytest.raises(ServingError, match="digits-v99 failed to start"):
+            apply(settings, storage, base, broken, who="test", why="broken")
+        answered = counts.answered
+        until(lambda: counts.answered > answered + 100, what="100 answers after it")
+    assert counts.failures == []
+    after = policy.current(storage)
+    assert after is not None
+    assert after.generation == base.generation
+    details = ServeClient(settings).details()["applications"]
+    until(
+        lambda: "digits-v99" not in ServeClient(settings).details()["applications"],
+        what="the broken application's end",
+    )
+    assert details["gateway"]["status"] == "RUNNING"
+
+
+def test_new_code_is_rolled_out_on_purpose_and_fails_no_request(
+    line: LiveLine, settings: Settings, image: bytes, tmp_path: Path
+) -> None:
+    changed = tmp_path / "project"
+    for folder in ("lib", "jobs", "serve_apps"):
+        shutil.copytree(
+            PROJECT_ROOT / folder, changed / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    with (changed / "serve_apps" / "gateway.py").open("a") as file:
+        file.write("\n# Another version of the code.\n")
+    client = ServeClient(settings)
+    before = replicas(client, "gateway")
+    with load(line.url, image, num_clients=4) as counts:
+        until(lambda: counts.answered > 100, what="100 answers before the rollout")
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs.deploy", "--new-code"],
+            cwd=changed,
+            env=dict(line.env),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        until(
+            lambda: (
+                not set(replicas(client, "gateway")) & set(before)
+                and len(replicas(client, "gateway")) >= 2
+            ),
+            deadline_s=180,
+            what="gateways with the new code alone",
+        )
+        answered = counts.answered
+        until(lambda: counts.answered > answered + 100, what="100 answers of the new gateways")
+    assert counts.failures == []
+
+
+def test_keys_are_asked_for_as_soon_as_there_is_one(line: LiveLine, image: bytes) -> None:
+    raw = {"Content-Type": "application/octet-stream"}
+
+    def status(headers: dict[str, str]) -> int:
+        return requests.post(
+            f"{line.url}/predict", image, headers={**raw, **headers}, timeout=TIMEOUT_S
+        ).status_code
+
+    try:
+        made = line.run("jobs.keys", "add", "night-shift")
+        assert made.returncode == 0, made.stdout + made.stderr
+        key = json.loads(made.stdout.splitlines()[-1])["key"]
+        until(lambda: {status({}) for _ in range(8)} == {401}, deadline_s=10, what="a refusal")
+        assert {status({"Authorization": f"Bearer {key}"}) for _ in range(8)} == {200}
+        # A deploy still finds out whether the versions answer, and asks who wants it.
+        refused = line.run("jobs.deploy", "rollback")
+        assert refused.returncode != 0
+        assert "RAYLINE_API_KEY" in refused.stdout
+        env = {**line.env, "RAYLINE_API_KEY": key}
+        assert deploy(replace(line, env=env), "--why", "named")["generation"]
+    finally:
+        (Path(line.storage) / "keys.json").unlink()
+    until(lambda: {status({}) for _ in range(8)} == {200}, deadline_s=10, what="open doors")
+
+
+def test_replicas_answer_nobody_but_gateways(line: LiveLine, settings: Settings) -> None:
+    ports = range(
+        int(line.env["RAYLINE_PORT_OFFSET"]) + 30000,
+        31 + 30000 + int(line.env["RAYLINE_PORT_OFFSET"]),
+    )
+    pids = {
+        pid
+        for name in ServeClient(settings).details()["applications"]
+        if name.startswith("digits-v")
+        for pid in replicas(ServeClient(settings), name).values()
+    }
+    found = 0
+    for process in line.processes():
+        if process.pid not in pids:
+            continue
+        for connection in process.net_connections("tcp"):
+            if connection.status == "LISTEN" and connection.laddr.port in ports:
+                url = f"http://127.0.0.1:{connection.laddr.port}/predict"
+                assert requests.post(url, b"", timeout=TIMEOUT_S).status_code == 403
+                found += 1
+    assert found
+
+
+def test_killing_every_replica_of_all_versions_is_survived(
+    line: LiveLine, settings: Settings, image: bytes
+) -> None:
+    client = ServeClient(settings)
+    names = [name for name in client.details()["applications"] if name.startswith("digits-v")]
+    before = {name: replicas(client, name) for name in names}
+    with load(line.url, image, num_clients=4) as counts:
+        until(lambda: counts.answered > 100, what="100 answers before the kills")
+        for found in before.values():
+            for pid in found.values():
+                os.kill(pid, signal.SIGKILL)
+        until(
+            lambda: all(set(replicas(client, name)) - set(before[name]) for name in names),
+            what="new replicas of all versions",
+        )
+        answered = counts.answered
+        until(lambda: counts.answered > answered + 100, what="100 answers after it")
+    assert counts.failures == []
