@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
@@ -288,7 +289,7 @@ class Gateway:
             serve.get_deployment_handle, VERSION_DEPLOYMENT, application
         )
 
-        folder = channel_folder(self._storage.uri)
+        folder = channel_folder(ray.get_runtime_context().gcs_address)
         channels = Channels(folder, application, len(card.class_names))
         await channels.refresh()
         self._channels[application] = channels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import ray
 from ray import serve
 from ray.serve import Application
 
@@ -25,7 +26,7 @@ class Version:
         self._meter: BusyMeter | None = None
         self._calls = 0
         self._channel = await serve_channel(
-            channel_folder(storage),
+            channel_folder(ray.get_runtime_context().gcs_address),
             version_application(card.name, card.version),
             serve.get_replica_context().replica_id.unique_id,
             self._answer,

@@ -19,6 +19,7 @@ from lib.errors import LineError
 from lib.line.layout import Line
 from lib.line.ports import RAY_PORTS, check_free
 from lib.line.processes import end, find
+from lib.serving.channel import channel_folder
 
 _START_S = 120.0
 _RECOVER_S = 5.0
@@ -74,7 +75,11 @@ def bring_up(line: Line) -> list[str]:
 
 def take_down(line: Line) -> int:
     """End everything that the line started; return how many processes that were."""
-    return end(line.line_id, line.ray_temp_dir)
+    ended = end(line.line_id, line.ray_temp_dir)
+    if line.ray_url is None:
+        cluster = f"{line.node_ip}:{line.ports['ray']}"
+        shutil.rmtree(channel_folder(cluster), ignore_errors=True)
+    return ended
 
 
 def answers(url: str, timeout_s: float = 5.0) -> bool:

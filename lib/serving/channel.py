@@ -42,9 +42,12 @@ class ChannelLost(Exception):
     """The replica went away before it answered; another one can be asked."""
 
 
-def channel_folder(storage_uri: str) -> Path:
-    """Return the folder of this node's sockets; short, as paths of sockets must be."""
-    digest = hashlib.sha256(storage_uri.encode()).hexdigest()[:8]
+def channel_folder(cluster_address: str) -> Path:
+    """Return the folder of a cluster's sockets on this node; short, as paths of sockets must be.
+
+    `cluster_address` is that of Ray's control store: two clusters on one node keep apart.
+    """
+    digest = hashlib.sha256(cluster_address.encode()).hexdigest()[:8]
     return Path(tempfile.gettempdir()) / f"rayline-ch-{os.getuid()}-{digest}"
 
 

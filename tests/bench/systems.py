@@ -184,7 +184,9 @@ def mlflow_server(folder: Path) -> Iterator[System]:
     arguments = [str(Path(sys.executable).with_name("mlflow")), "models", "serve"]
     arguments += ["--model-uri", str(saved), "--env-manager", "local", "--workers", "1"]
     arguments += ["--host", "127.0.0.1", "--port", port]
-    with _server(folder, "mlflow", arguments, "health", {}, port=3) as (base, processes):
+    # It starts uvicorn by name.
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with _server(folder, "mlflow", arguments, "health", env, port=3) as (base, processes):
         yield System(
             name="mlflow",
             title="MLflow's scoring server, 1 version, 1 worker, JSON",

@@ -1,0 +1,86 @@
+"""The line seen by public clients: Triton's for the Open Inference Protocol, and schemathesis."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
+
+from tests.data_sources import mnist
+from tests.e2e.conftest import LiveLine
+
+
+@pytest.fixture(scope="module")
+def client(line: LiveLine) -> Iterator[Any]:
+    made = triton.InferenceServerClient(line.url.removeprefix("http://"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def images_NHWC() -> np.ndarray[Any, Any]:
+    images, _ = mnist("test")
+    return np.ascontiguousarray(images[:7, :, :, None])
+
+
+def infer(
+    client: Any, images_NHWC: np.ndarray[Any, Any], *, binary: bool, version: str = ""
+) -> np.ndarray[Any, Any]:
+    tensor = triton.InferInput("images", list(images_NHWC.shape), "UINT8")
+    tensor.set_data_from_numpy(images_NHWC, binary_data=binary)
+    output = triton.InferRequestedOutput("probabilities", binary_data=binary)
+    result = client.infer("digits", [tensor], model_version=version, outputs=[output])
+    found: np.ndarray[Any, Any] = result.as_numpy("probabilities")
+    return found
+
+
+def test_health_and_metadata(client: Any, line: LiveLine) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("digits")
+    assert client.get_server_metadata()["name"] == "rayline"
+    metadata = client.get_model_metadata("digits")
+    assert metadata["inputs"] == [{"name": "images", "datatype": "UINT8", "shape": [-1, 28, 28, 1]}]
+    version = metadata["versions"][0]
+    assert client.is_model_ready("digits", version)
+    with pytest.raises(InferenceServerException):
+        client.get_model_metadata("no-such-model")
+
+
+def test_json_and_binary_tensors_give_the_same_for_every_version(
+    client: Any, images_NHWC: np.ndarray[Any, Any]
+) -> None:
+    answers = []
+    for version in client.get_model_metadata("digits")["versions"]:
+        as_json = infer(client, images_NHWC, binary=False, version=version)
+        as_binary = infer(client, images_NHWC, binary=True, version=version)
+        assert as_binary.shape == (7, 10)
+        assert as_binary.sum(axis=1) == pytest.approx([1.0] * 7, abs=1e-5)
+        assert np.allclose(as_json, as_binary, atol=1e-7)
+        answers.append(as_binary)
+    assert not np.array_equal(answers[0], answers[1])
+
+
+def test_a_wrong_tensor_is_an_error_that_says_so(client: Any) -> None:
+    with pytest.raises(InferenceServerException, match="28"):
+        infer(client, np.zeros((2, 9, 9, 1), np.uint8), binary=True)
+
+
+def test_the_openapi_document_is_kept_whatever_is_sent(line: LiveLine, tmp_path: Path) -> None:
+    assert requests.get(f"{line.url}/openapi.json", timeout=60).json()["paths"]
+    command = [str(Path(sys.executable).with_name("schemathesis")), "run"]
+    command += [f"{line.url}/openapi.json", "--url", line.url]
+    command += ["--checks", "not_a_server_error,status_code_conformance,content_type_conformance"]
+    command += ["--max-examples", "40", "--seed", "1", "--generation-database", "none"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
