@@ -1,6 +1,8 @@
 """Measures Rayline beside its peers; tables go to standard output, all figures to a JSON file.
 
-python -m tests.bench [ingest] [search] [serving] --rounds 3 --seconds 5 --json FILE
+python -m tests.bench [ingest] [search] [serving] --rounds 5 --seconds 3 --json FILE
+python -m tests.bench soak --seconds 600
+python -m tests.bench autoscaling --seconds 40
 """
 
 from __future__ import annotations
@@ -19,20 +21,27 @@ from pathlib import Path
 from typing import Any
 
 PARTS = ("ingest", "search", "serving")
+"""What is measured if nothing is named."""
+LONG_PARTS = ("soak", "autoscaling")
 _ROOT = Path(__file__).parents[2]
 
 
 def main() -> int:
     """Run the parts; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        help=f"default: {', '.join(PARTS)}; by name alone: {', '.join(LONG_PARTS)}",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="times each measurement is repeated")
     parser.add_argument("--seconds", type=float, default=3, help="length of one load of serving")
     parser.add_argument("--json", type=Path, help="where all figures go (default: .rayline/bench/)")
     arguments = parser.parse_args()
-    chosen = [part for part in PARTS if part in arguments.parts] or list(PARTS)
-    if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; choose of {', '.join(PARTS)}")
+    there = (*PARTS, *LONG_PARTS)
+    chosen = [part for part in there if part in arguments.parts] or list(PARTS)
+    if unknown := set(arguments.parts) - set(there):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; choose of {', '.join(there)}")
     if arguments.rounds < 1 or arguments.seconds < 1:
         parser.error("--rounds and --seconds must be at least 1")
     # Ended from outside, the bench still ends all that it started.
@@ -109,6 +118,8 @@ def _minutes(chosen: list[str], options: Any) -> float:
     seconds = {
         "ingest": 20 + 5 * 4,
         "search": 40 + options.rounds * 100,
+        "soak": 60 + 2 * options.seconds,
+        "autoscaling": 60 + 5 * options.seconds,
         "serving": 150 + options.rounds * 24 * (options.seconds + 2),
     }
     return sum(seconds[part] for part in chosen) / 60

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
@@ -63,23 +62,23 @@ def run(options: Options) -> Report:
             stack.enter_context(peer(folder))
             for peer in (fastapi, litserve, bentoml, mlflow_server)
         ]
-        check_answers(systems, folder, image, OnnxPredictor(bundles[0]))
+        check_answers(systems, image, OnnxPredictor(bundles[0]))
         idle = {system.name: _idle_cpu(system) for system in systems}
-        results = _measure(systems, folder, options, "all but Ray Serve's defaults")
-        steady = _measure_steady(systems[:3], folder, options)
+        results = _measure(systems, options, "all but Ray Serve's defaults")
+        steady = _measure_steady(systems[:3], options)
     # A second Ray head would take from the others what it costs idle; this comes by itself.
     with ExitStack() as stack:
         defaults = stack.enter_context(serve_defaults(folder))
         ruler = stack.enter_context(fastapi(folder))
-        check_answers([defaults, ruler], folder, image, OnnxPredictor(bundles[0]))
+        check_answers([defaults, ruler], image, OnnxPredictor(bundles[0]))
         idle[defaults.name] = _idle_cpu(defaults)
         few = dataclasses.replace(options, rounds=min(3, options.rounds))
-        late = _measure([defaults, ruler], folder, few, "Ray Serve's defaults")
+        late = _measure([defaults, ruler], few, "Ray Serve's defaults")
     results[defaults.name] = late[defaults.name]
     return _report([*systems, defaults], results, steady, idle, options)
 
 
-def _measure(systems: Sequence[System], folder: Path, options: Options, what: str) -> Results:
+def _measure(systems: Sequence[System], options: Options, what: str) -> Results:
     results: Results = {system.name: {c: [] for c in CONNECTIONS} for system in systems}
     by_name = {system.name: system for system in systems}
     num_loads = len(systems) * len(CONNECTIONS) * options.rounds
@@ -89,7 +88,7 @@ def _measure(systems: Sequence[System], folder: Path, options: Options, what: st
     )
     for connections in CONNECTIONS:
         for turn, name in turns(list(by_name), options.rounds):
-            measured = _measure_one(by_name[name], folder, connections, options.seconds)
+            measured = _measure_one(by_name[name], connections, options.seconds)
             results[name][connections].append(measured)
             load = measured.load
             say(
@@ -99,15 +98,13 @@ def _measure(systems: Sequence[System], folder: Path, options: Options, what: st
     return results
 
 
-def _measure_steady(
-    systems: Sequence[System], folder: Path, options: Options
-) -> dict[str, list[Measured]]:
+def _measure_steady(systems: Sequence[System], options: Options) -> dict[str, list[Measured]]:
     """Measure questions that come at random: queues show, which closed loops hide."""
     found: dict[str, list[Measured]] = {system.name: [] for system in systems}
     by_name = {system.name: system for system in systems}
     for turn, name in turns(list(by_name), options.rounds):
         measured = _measure_one(
-            by_name[name], folder, STEADY_CONNECTIONS, options.seconds, rate_per_s=STEADY_PER_S
+            by_name[name], STEADY_CONNECTIONS, options.seconds, rate_per_s=STEADY_PER_S
         )
         found[name].append(measured)
         say(
@@ -119,7 +116,6 @@ def _measure_steady(
 
 def _measure_one(
     system: System,
-    folder: Path,
     connections: int,
     seconds: float,
     *,
@@ -128,7 +124,7 @@ def _measure_one(
     def post(seconds: float) -> wrk.Load:
         return wrk.post(
             system.url,
-            folder / system.body,
+            system.folder / system.body,
             connections=connections,
             seconds=seconds,
             content_type=system.content_type,

@@ -58,24 +58,35 @@ class System:
     url: str
     processes: Callable[[], list[psutil.Process]]
     """Everything that it runs."""
+    folder: Path
     body: str = "image.raw"
-    """File that is posted: raw pixels, or JSON where a system takes nothing else."""
+    """File in `folder` that is posted: raw pixels, or JSON where a system takes nothing else."""
     content_type: str = "application/octet-stream"
 
 
 @contextmanager
 def rayline(folder: Path) -> Iterator[list[System]]:
     """Deploy the real gateway and versions on a head of the line's, a model in each placement."""
-    line = dataclasses.replace(
-        make_line(folder / "ours", OURS_PORT), storage_uri=str(folder / "storage")
-    )
+    line = _ours(folder, make_line(folder / "ours", OURS_PORT))
     with running(line, "ray"):
         say("serving: deploying rayline")
         _deploy_rayline(line)
         yield [
-            _ray_system(placement, f"rayline {placement}, 2 versions 90/10", line, f"/{name}")
+            _ray_system(
+                placement, f"rayline {placement}, 2 versions 90/10", line, f"/{name}", folder
+            )
             for placement, name in _PLACEMENTS.items()
         ]
+
+
+def _ours(folder: Path, line: Line) -> Line:
+    return dataclasses.replace(line, storage_uri=str(folder / "storage"))
+
+
+def settings_of(folder: Path) -> Settings:
+    """Return the settings of the line that `rayline` brought up in a folder."""
+    env = {"RAYLINE_HOME": str(folder / "ours"), "RAYLINE_STORAGE": str(folder / "storage")}
+    return _settings(Line.from_env(env))
 
 
 def _deploy_rayline(line: Line) -> None:
@@ -122,7 +133,9 @@ def serve_defaults(folder: Path) -> Iterator[System]:
             }
         )
         _await_running(client, ["defaults"])
-        yield _ray_system("serve", "Ray Serve's defaults, router + 2 versions 90/10", line, "")
+        yield _ray_system(
+            "serve", "Ray Serve's defaults, router + 2 versions 90/10", line, "", folder
+        )
 
 
 @contextmanager
@@ -135,6 +148,7 @@ def fastapi(folder: Path) -> Iterator[System]:
             title="FastAPI + uvicorn, 1 version, 1 process",
             url=f"{base}/predict",
             processes=processes,
+            folder=folder,
         )
 
 
@@ -149,6 +163,7 @@ def litserve(folder: Path) -> Iterator[System]:
             title="LitServe, 1 version, 1 worker, batches ≤ 64, JSON",
             url=f"{base}/predict",
             processes=processes,
+            folder=folder,
             body="image.json",
             content_type="application/json",
         )
@@ -168,6 +183,7 @@ def bentoml(folder: Path) -> Iterator[System]:
             title="BentoML, 1 version, 1 worker, JSON",
             url=f"{base}/predict",
             processes=processes,
+            folder=folder,
             body="image.json",
             content_type="application/json",
         )
@@ -192,6 +208,7 @@ def mlflow_server(folder: Path) -> Iterator[System]:
             title="MLflow's scoring server, 1 version, 1 worker, JSON",
             url=f"{base}/invocations",
             processes=processes,
+            folder=folder,
             body="inputs.json",
             content_type="application/json",
         )
@@ -249,12 +266,13 @@ def _server(
         yield base, lambda: [whole, *whole.children(recursive=True)]
 
 
-def _ray_system(name: str, title: str, line: Line, path: str) -> System:
+def _ray_system(name: str, title: str, line: Line, path: str, folder: Path) -> System:
     return System(
         name=name,
         title=title,
         url=f"{line.serve_url}/predict{path}",
         processes=lambda: find(line.line_id, line.ray_temp_dir, "ray"),
+        folder=folder,
     )
 
 
@@ -281,7 +299,7 @@ def _await_running(client: ServeClient, names: Sequence[str]) -> None:
 
 
 def check_answers(
-    systems: Sequence[System], folder: Path, image: np.ndarray[Any, Any], predictor: OnnxPredictor
+    systems: Sequence[System], image: np.ndarray[Any, Any], predictor: OnnxPredictor
 ) -> None:
     """See that every system gives the probabilities of version 1, computed here."""
     expected = predictor.predict(image[None])[0]
@@ -291,7 +309,7 @@ def check_answers(
         def answers(system: System = system) -> bool:
             nonlocal last
             headers = {"Content-Type": system.content_type, "X-Model-Version": "1"}
-            body = (folder / system.body).read_bytes()
+            body = (system.folder / system.body).read_bytes()
             try:
                 answer = requests.post(system.url, body, headers=headers, timeout=30)
             except requests.RequestException as error:

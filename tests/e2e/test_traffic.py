@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +15,7 @@ import requests
 from mlflow import MlflowClient
 
 from lib.config import Settings
-from lib.errors import ServingError
-from lib.line.layout import PROJECT_ROOT
 from lib.serving import policy
-from lib.serving.apply import apply
-from lib.serving.bundle import read_card, write_bundle
 from lib.serving.client import ServeClient
 from lib.storage import Storage
 from tests.data_sources import mnist
@@ -127,71 +120,16 @@ def test_a_change_is_in_force_everywhere_within_two_seconds(
     assert time.monotonic() - started < FOLLOWED_S
 
 
-def test_a_broken_version_stops_at_the_first_phase_and_harms_nobody(
-    line: LiveLine, settings: Settings, image: bytes
+def test_a_deploy_repairs_what_a_crash_left_between_policy_and_registry(
+    line: LiveLine, settings: Settings
 ) -> None:
-    storage = Storage(line.storage)
-    base = policy.current(storage)
-    assert base is not None
-    traffic = base.models["digits"]
-    card = replace(read_card(storage, traffic.bundles[traffic.champion]), version=99)
-    bundle = write_bundle(storage, card, b"no model", b"no model")
-    broken = replace(
-        traffic, bundles={**traffic.bundles, 99: bundle}, weights={**traffic.weights, 99: 50.0}
-    )
-    with load(line.url, image, num_clients=4) as counts:
-        until(lambda: counts.answered > 100, what="100 answers before the deploy")
-        with pytest.raises(ServingError, match="digits-v99 failed to start"):
-            apply(settings, storage, base, broken, who="test", why="broken")
-        answered = counts.answered
-        until(lambda: counts.answered > answered + 100, what="100 answers after it")
-    assert counts.failures == []
-    after = policy.current(storage)
-    assert after is not None
-    assert after.generation == base.generation
-    details = ServeClient(settings).details()["applications"]
-    until(
-        lambda: "digits-v99" not in ServeClient(settings).details()["applications"],
-        what="the broken application's end",
-    )
-    assert details["gateway"]["status"] == "RUNNING"
-
-
-def test_new_code_is_rolled_out_on_purpose_and_fails_no_request(
-    line: LiveLine, settings: Settings, image: bytes, tmp_path: Path
-) -> None:
-    changed = tmp_path / "project"
-    for folder in ("lib", "jobs", "serve_apps"):
-        shutil.copytree(
-            PROJECT_ROOT / folder, changed / folder, ignore=shutil.ignore_patterns("__pycache__")
-        )
-    with (changed / "serve_apps" / "gateway.py").open("a") as file:
-        file.write("\n# Another version of the code.\n")
-    client = ServeClient(settings)
-    before = replicas(client, "gateway")
-    with load(line.url, image, num_clients=4) as counts:
-        until(lambda: counts.answered > 100, what="100 answers before the rollout")
-        done = subprocess.run(
-            [sys.executable, "-m", "jobs.deploy", "--new-code"],
-            cwd=changed,
-            env=dict(line.env),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        until(
-            lambda: (
-                not set(replicas(client, "gateway")) & set(before)
-                and len(replicas(client, "gateway")) >= 2
-            ),
-            deadline_s=180,
-            what="gateways with the new code alone",
-        )
-        answered = counts.answered
-        until(lambda: counts.answered > answered + 100, what="100 answers of the new gateways")
-    assert counts.failures == []
+    champion = in_force(line)["models"]["digits"]["champion"]
+    bundles = in_force(line)["models"]["digits"]["bundles"]
+    other = next(number for number in bundles if number != str(champion))
+    MlflowClient(settings.mlflow_uri).set_registered_model_alias("digits", "champion", other)
+    generation = in_force(line)["generation"]
+    assert deploy(line)["generation"] == generation
+    assert alias(settings) == champion
 
 
 def test_keys_are_asked_for_as_soon_as_there_is_one(line: LiveLine, image: bytes) -> None:

@@ -1,0 +1,94 @@
+"""Soak: full load for as long as `--seconds` says; the memory of gateways and versions over time.
+
+python -m tests.bench soak --seconds 600
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+
+import psutil
+
+from lib.storage import Storage
+from tests.bench import models, wrk
+from tests.bench.report import Options, Report, Table, figure, say
+from tests.bench.systems import WEIGHTS, System, rayline, write_bodies
+
+_CONNECTIONS = 64
+_EVERY_S = 2.0
+_WARM_SHARE = 0.1
+"""Of the time: what is allocated once is allocated then."""
+
+
+def run(options: Options) -> Report:
+    wrk.require()
+    folder = options.temp / "s"
+    folder.mkdir()
+    models.write_bundles(Storage(str(folder / "storage")), num_versions=len(WEIGHTS))
+    write_bodies(folder, models.sample_image())
+    with rayline(folder) as systems:
+        rows, data = [], {}
+        for system in systems:
+            load, memory = _soak(system, options)
+            data[system.name] = {"requests": load.requests, "mib": memory}
+            for name, readings in sorted(memory.items()):
+                low, high = min(readings), max(readings)
+                change = readings[-1] / readings[0] - 1
+                cells = (figure(low), figure(high), f"{change:+.1%}", figure(load.requests))
+                rows.append((f"{system.name}: {name}", *cells))
+    return Report(
+        title="Soak",
+        tables=[
+            Table(
+                title=f"Resident memory under {options.seconds:g} s of full load",
+                columns=("", "least MiB", "most MiB", "end ÷ start", "requests"),
+                rows=rows,
+            )
+        ],
+        notes=[f"{_CONNECTIONS} connections; read after a tenth of the time. No request failed."],
+        data=data,
+    )
+
+
+def _soak(system: System, options: Options) -> tuple[wrk.Load, dict[str, list[float]]]:
+    say(f"soak: {system.name} for {options.seconds:g} s")
+    memory: dict[str, list[float]] = {}
+    stop = threading.Event()
+
+    def watch() -> None:
+        stop.wait(options.seconds * _WARM_SHARE)
+        while not stop.wait(_EVERY_S):
+            for name, mib in _memory(system).items():
+                memory.setdefault(name, []).append(mib)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.monotonic()
+    try:
+        load = wrk.post(
+            system.url,
+            system.folder / system.body,
+            connections=_CONNECTIONS,
+            seconds=options.seconds,
+        )
+    finally:
+        stop.set()
+        watcher.join()
+    say(f"soak: {load.requests:,} requests in {time.monotonic() - started:.0f} s")
+    return load, memory
+
+
+def _memory(system: System) -> dict[str, float]:
+    """Return MiB of the replicas, by application and process."""
+    found = {}
+    for process in system.processes():
+        try:
+            title = " ".join(process.cmdline())
+            replica = re.search(r"ServeReplica:([^:\s]+)", title)
+            if replica:
+                found[f"{replica[1]} ({process.pid})"] = process.memory_info().rss / 2**20
+        except psutil.Error:
+            continue
+    return found
