@@ -118,7 +118,7 @@ def _minutes(chosen: list[str], options: Any) -> float:
     seconds = {
         "ingest": 20 + 5 * 4,
         "search": 40 + options.rounds * 100,
-        "soak": 60 + 2 * options.seconds,
+        "soak": 60 + options.seconds,
         "autoscaling": 60 + 5 * options.seconds,
         "serving": 150 + options.rounds * 24 * (options.seconds + 2),
     }
