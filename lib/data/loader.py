@@ -79,7 +79,7 @@ def open_shards(storage: Storage, shards: Sequence[Shard]) -> ray.data.Dataset:
         # replicas reserve a part of each.
         num_cpus=0,
         # Without a bound Ray starts a process a shard, which costs seconds each.
-        concurrency=max(1, int(ray.cluster_resources().get("CPU", 1))),
+        concurrency=max(1, min(len(items), int(ray.cluster_resources().get("CPU", 1)))),
     )
     dataset.context.execution_options.preserve_order = True
     return dataset
