@@ -5,213 +5,35 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from typing import Any
 
-import numpy as np
-import orjson
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
-from lib.serving import oip, payload
 from lib.serving.batcher import Predict
 from lib.serving.bundle import Card
 from lib.serving.channel import ChannelLost, Channels, channel_folder
-from lib.serving.feedback import parse_feedback, store_feedback
 from lib.serving.keys import Keys, authenticate, read_keys
-from lib.serving.payload import PayloadError
-from lib.serving.plan import VERSION_DEPLOYMENT, version_application
+from lib.serving.plan import VERSION_DEPLOYMENT, names, version_application
 from lib.serving.policy import acknowledge
 from lib.serving.predictor import load_predictor
-from lib.serving.router import Images, Probabilities, Router, Version, with_retries
+from lib.serving.router import Images, Probabilities, Router, with_retries
 from lib.serving.shadow import FLUSH_EVERY_S
 from lib.serving.traffic import COLOCATED
 from lib.storage import Storage
-from serve_apps import fast_lane, schemas
-from serve_apps.asgi import JSON, App, Call, Header, Reply, Route, json_reply
+from serve_apps import fast_lane
+from serve_apps.asgi import App
+from serve_apps.endpoints import Endpoints, routes
 from serve_apps.scaling import BUSY, CALLS, BusyMeter
 
 POLICY_POLL_S = 0.3
 CALL_DEADLINE_S = 30.0
-LARGE_BODY_BYTES = 2**16
 MAX_INLINE_IMAGES = 64
 """A colocated batch up to this size is answered on the event loop: a thread would cost more."""
 
 _log = logging.getLogger(__name__)
-
-
-class Endpoints:
-    """What the gateway's paths do, over a router; knows HTTP and nothing of Serve."""
-
-    def __init__(self, router: Router, storage: Storage) -> None:
-        self._router = router
-        self._storage = storage
-
-    async def predict(self, call: Call) -> Reply:
-        """POST /predict: one image in, label and probabilities out."""
-        table = self._router.table
-        version = table.pick(call.params.get("model"), call.header(b"x-model-version"), _key(call))
-        body, content_type = call.body, call.header(b"content-type") or ""
-        parse = payload.parse_predict
-        if len(body) <= LARGE_BODY_BYTES:
-            images = parse(body, content_type, version.card)
-            probabilities_K = (await self._router.answer(version, images))[0]
-        else:
-            # A large picture takes long to decode: other requests must not wait for it.
-            with version.batcher.held():
-                images = await asyncio.to_thread(parse, body, content_type, version.card)
-                probabilities_K = (await self._router.answer(version, images))[0]
-        self._router.copy_to_shadows(
-            table, version, images, probabilities_K[np.newaxis], call.request_id
-        )
-        digit = int(probabilities_K.argmax())
-        card = version.card
-        answer = {
-            "label": card.class_names[digit],
-            "digit": digit,
-            "probabilities": probabilities_K,
-            "model": card.name,
-            "model_version": card.version,
-            "request_id": call.request_id,
-        }
-        body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
-        return Reply(body, headers=[JSON, _version_header(version)])
-
-    async def infer(self, call: Call) -> Reply:
-        """POST /v2/models/…/infer: the Open Inference Protocol."""
-        pin = call.params.get("version") or call.header(b"x-model-version")
-        table = self._router.table
-        version = table.pick(call.params["model"], pin, _key(call))
-        length = call.header(b"inference-header-content-length")
-        request = oip.parse_infer(call.body, length, version.card)
-        probabilities_NK = await self._router.answer(version, request.images_NHWC)
-        self._router.copy_to_shadows(
-            table, version, request.images_NHWC, probabilities_NK, call.request_id
-        )
-        body, header_length = oip.render_infer(
-            version.card, request, probabilities_NK, call.request_id
-        )
-        headers = [JSON, _version_header(version)]
-        if header_length is not None:
-            headers = [
-                (b"content-type", b"application/octet-stream"),
-                (b"inference-header-content-length", str(header_length).encode()),
-                _version_header(version),
-            ]
-        return Reply(body, headers=headers)
-
-    async def feedback(self, call: Call) -> Reply:
-        """POST /feedback: the true label of an answer, on disk before this returns."""
-        content = payload.load_json(call.body)
-        model = content.get("model") if isinstance(content, dict) else None
-        if model is not None and not isinstance(model, str):
-            raise PayloadError(422, "`model` must be a model's name")
-        table = self._router.table
-        name, traffic = table.model(model)
-        entry = parse_feedback(content, table.versions[name, traffic.champion].card)
-        await asyncio.to_thread(store_feedback, self._storage, entry)
-        return json_reply({"request_id": entry["request_id"], "stored": True})
-
-    async def traffic(self, call: Call) -> Reply:
-        """GET /traffic: the policy in force, and the versions behind it."""
-        table = self._router.table
-        content = table.policy.to_json()
-        content["versions"] = {
-            f"{name}/{number}": {
-                "test_accuracy": version.card.test_accuracy,
-                "data_digest": version.card.data_digest,
-                "runtime": version.card.runtime,
-                "class_names": version.card.class_names,
-                "shape": version.card.shape,
-                "placement": version.placement,
-            }
-            for (name, number), version in sorted(table.versions.items())
-        }
-        content["shadows"] = self._router.shadows.counts()
-        return Reply(orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS))
-
-    async def server(self, call: Call) -> Reply:
-        """GET /v2: the protocol's server metadata."""
-        return json_reply({"name": "rayline", "version": "2", "extensions": ["binary_tensor_data"]})
-
-    async def live(self, call: Call) -> Reply:
-        """GET /v2/health/live: the process answers."""
-        return json_reply({"live": True})
-
-    async def ready(self, call: Call) -> Reply:
-        """GET /v2/health/ready: a policy is loaded."""
-        return json_reply({"ready": bool(self._router.table)})
-
-    async def model(self, call: Call) -> Reply:
-        """GET /v2/models/…: the protocol's model metadata."""
-        version = self._pinned(call)
-        _, traffic = self._router.table.model(version.card.name)
-        return json_reply(
-            oip.model_metadata(version.card.name, version.card, sorted(traffic.bundles))
-        )
-
-    async def model_ready(self, call: Call) -> Reply:
-        """GET /v2/models/…/ready: the model answers."""
-        version = self._pinned(call)
-        return json_reply({"name": version.card.name, "ready": True})
-
-    def _pinned(self, call: Call) -> Version:
-        name, traffic = self._router.table.model(call.params["model"])
-        pin = call.params.get("version") or str(traffic.champion)
-        return self._router.table.pick(name, pin, "")
-
-
-def _key(call: Call) -> str:
-    return call.header(b"x-routing-key") or call.request_id
-
-
-def _version_header(version: Version) -> Header:
-    return (b"x-model-version", str(version.card.version).encode())
-
-
-def routes(endpoints: Endpoints) -> list[Route]:
-    """Return the gateway's paths."""
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    picture = {
-        "image/png": binary,
-        "image/jpeg": binary,
-        "application/octet-stream": binary,
-        "application/json": {"schema": schemas.ImageBody.model_json_schema()},
-    }
-    feedback = {"application/json": {"schema": schemas.Feedback.model_json_schema()}}
-    infer = {"application/json": {"schema": {"type": "object"}}, "application/octet-stream": binary}
-    post_errors = (400, 401, 404, 413, 415, 422, 503)
-    table: list[Route] = []
-
-    def add(method: str, path: str, handler: Any, summary: str, **options: Any) -> None:
-        table.append(Route(method=method, path=path, handler=handler, summary=summary, **options))
-
-    for path in ("/predict", "/predict/{model}"):
-        add(
-            "POST", path, endpoints.predict, "Classify one image.",
-            response=schemas.Prediction, request=picture, errors=post_errors,
-        )  # fmt: skip
-    add(
-        "POST", "/feedback", endpoints.feedback, "Store the true label of an answer.",
-        response=schemas.FeedbackStored, request=feedback, errors=(400, 401, 404, 413, 422, 503),
-    )  # fmt: skip
-    add("GET", "/traffic", endpoints.traffic, "The traffic policy in force.", errors=(401, 503))
-    add("GET", "/v2", endpoints.server, "Server metadata.", is_open=True)
-    add("GET", "/v2/health/live", endpoints.live, "Whether the server is up.", is_open=True)
-    add(
-        "GET", "/v2/health/ready", endpoints.ready, "Whether models are loaded.",
-        errors=(503,), is_open=True,
-    )  # fmt: skip
-    for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        add("GET", base, endpoints.model, "Model metadata.", errors=(401, 404, 503))
-        add("GET", f"{base}/ready", endpoints.model_ready, "Model ready.", errors=(401, 404, 503))
-        add(
-            "POST", f"{base}/infer", endpoints.infer, "Classify a batch.",
-            request=infer, errors=(400, 401, 404, 413, 422, 503),
-        )  # fmt: skip
-    return table
 
 
 @serve.ingress()
@@ -257,16 +79,22 @@ class Gateway:
         while True:
             try:
                 self._keys = await asyncio.to_thread(read_keys, self._storage)
-                for channels in self._channels.values():
+                for channels in list(self._channels.values()):
                     await channels.refresh()
                 if await self._router.refresh():
                     generation = self._router.table.policy.generation
                     await self._router.drained()
+                    self._forget_channels()
                     await asyncio.to_thread(acknowledge, self._storage, replica, generation)
             except Exception:
                 # The last policy stays in force, and the next round tries again.
                 _log.exception("the traffic policy could not be read")
             await asyncio.sleep(POLICY_POLL_S)
+
+    def _forget_channels(self) -> None:
+        """Close the channels to versions that have left the policy."""
+        for application in set(self._channels) - names(self._router.table.policy.models):
+            self._channels.pop(application).close()
 
     async def _keep_records(self) -> None:
         """Write what shadows said, and one log line for many requests."""

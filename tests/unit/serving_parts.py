@@ -17,7 +17,7 @@ from lib.serving.router import Images, Probabilities, Router
 from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
 from serve_apps.asgi import App
-from serve_apps.gateway import Endpoints, routes
+from serve_apps.endpoints import Endpoints, routes
 
 
 def card(version: int = 1, *, channels: int = 1, name: str = "shapes") -> Card:

@@ -29,7 +29,7 @@ from lib.serving.router import Images, Probabilities, Router
 from lib.serving.traffic import COLOCATED, ISOLATED, ModelTraffic
 from lib.storage import Storage
 from serve_apps.asgi import App
-from serve_apps.gateway import Endpoints, routes
+from serve_apps.endpoints import Endpoints, routes
 from tests.unit.serving_parts import by_brightness, card, make_predict, publish, request
 
 IMAGE = bytes(24)
