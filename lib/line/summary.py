@@ -15,6 +15,7 @@ from typing import Any
 from lib.data.manifest import load_manifest
 from lib.errors import LineError
 from lib.line.layout import Line
+from lib.serving.keys import internal_headers
 from lib.storage import Storage
 
 _ANSWER_S = 60.0
@@ -119,10 +120,11 @@ def text(line: Line, result: Mapping[str, Any], sample: Path, *, seconds: float)
 
 def _ask(line: Line, model: str, version: str, sample: Path) -> str:
     """Return an empty string if the version answered, else what came instead."""
+    own = internal_headers(Storage(line.storage))
     request = urllib.request.Request(
         f"{line.serve_url}/predict/{model}",
         data=sample.read_bytes(),
-        headers={"Content-Type": "image/png", "X-Model-Version": version},
+        headers={"Content-Type": "image/png", "X-Model-Version": version, **own},
     )
     try:
         with urllib.request.urlopen(request, timeout=15) as response:

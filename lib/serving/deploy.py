@@ -14,7 +14,7 @@ from lib.cli import progress
 from lib.config import Settings
 from lib.errors import ServingError
 from lib.serving import policy
-from lib.serving.apply import apply, serve_url
+from lib.serving.apply import apply, describe, serve_url
 from lib.serving.traffic import ModelTraffic, Policy
 from lib.storage import Storage
 
@@ -58,14 +58,10 @@ def promote(
     if version == served.champion:
         raise ServingError(f"version {version} is the champion already")
     bundles = {**served.bundles, **_bundles(settings, storage, [version], served)}
-    kept = {version, served.champion, *served.shadows, *served.pins.values()} - {None}
+    kept = {version, served.champion, *served.shadows, *served.pins.values()}
     desired = replace(
-        served,
-        weights={version: 100.0, served.champion: 0.0},
+        _crowned(served, version),
         bundles={number: path for number, path in bundles.items() if number in kept},
-        champion=version,
-        previous_champion=served.champion,
-        shadows={n: percent for n, percent in served.shadows.items() if n != version},
     )
     made = apply(settings, storage, base, desired, who=who, why=why)
     _align_registry(settings, version)
@@ -73,21 +69,31 @@ def promote(
 
 
 def rollback(settings: Settings, storage: Storage, *, who: str, why: str) -> Mapping[str, Any]:
-    """Give all of the traffic back to the previous champion, which is warm."""
+    """Give all of the traffic back to the previous champion, which is warm.
+
+    The policy comes first: going back must not wait for a version that is ill, nor for MLflow.
+    """
     base, served = _served(settings, storage)
     before = served.previous_champion
     if before is None or before not in served.bundles:
         raise ServingError(f"{settings.model} has no previous champion to go back to")
-    desired = replace(
-        served,
-        weights={before: 100.0, served.champion: 0.0},
-        champion=before,
-        previous_champion=served.champion,
-        shadows={n: percent for n, percent in served.shadows.items() if n != before},
-    )
-    made = apply(settings, storage, base, desired, who=who, why=why)
+    desired = _crowned(served, before)
+    models = {**base.models, settings.model: desired}
+    made = policy.commit(storage, base, models, default_model=base.default_model, who=who, why=why)
+    progress("deploy", f"policy generation {made.generation}: {describe(desired)}")
     _align_registry(settings, before)
-    return _summary(settings, made)
+    return _summary(settings, apply(settings, storage, made, desired, who=who, why=why))
+
+
+def _crowned(served: ModelTraffic, champion: int) -> ModelTraffic:
+    """Return the traffic with another champion, which gets all of it; the one before stays up."""
+    return replace(
+        served,
+        weights={champion: 100.0, served.champion: 0.0},
+        champion=champion,
+        previous_champion=served.champion,
+        shadows={n: percent for n, percent in served.shadows.items() if n != champion},
+    )
 
 
 def set_traffic(

@@ -152,6 +152,9 @@ def test_keys_are_asked_for_as_soon_as_there_is_one(line: LiveLine, image: bytes
         assert "RAYLINE_API_KEY" in refused.stdout
         env = {**line.env, "RAYLINE_API_KEY": key}
         assert deploy(replace(line, env=env), "--why", "named")["generation"]
+        up = ("jobs.up", "--data", str(line.data), "--preset", "smoke", "--model", line.model)
+        again = line.run(*up)
+        assert again.returncode == 0, again.stdout[-3000:] + again.stderr
     finally:
         (Path(line.storage) / "keys.json").unlink()
     until(lambda: {status({}) for _ in range(8)} == {200}, deadline_s=10, what="open doors")

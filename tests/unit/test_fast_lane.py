@@ -104,6 +104,7 @@ def test_what_was_not_measured_yet_stays_as_it_is() -> None:
 def test_the_meter_tells_work_from_rest() -> None:
     meter = BusyMeter()
     sum(range(3_000_000))
-    assert meter.read() > 0.3
+    worked = meter.read()
     asyncio.run(asyncio.sleep(0.2))
-    assert meter.read() < 0.3
+    # A ratio: on a full machine the thread may get only a small part of a core.
+    assert worked > 3 * meter.read()
