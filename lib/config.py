@@ -23,6 +23,8 @@ class Settings:
     """RAYLINE_HTTP_HOST: address that the inference port binds."""
     http_port: int = 8000
     """RAYLINE_HTTP_PORT: inference port."""
+    grpc_port: int = 8001
+    """RAYLINE_GRPC_PORT: inference port of gRPC."""
     ray_address: str = "http://127.0.0.1:8265"
     """RAY_API_SERVER_ADDRESS: Ray dashboard, which takes jobs and the Serve config."""
 
@@ -33,8 +35,9 @@ class Settings:
                 f"RAYLINE_STORAGE={self.storage!r} is relative; give an absolute path or a URI "
                 "such as s3://bucket/rayline"
             )
-        if not 0 < self.http_port < 65536:
-            raise ConfigError(f"RAYLINE_HTTP_PORT={self.http_port} is not a port")
+        for name, port in (("HTTP", self.http_port), ("GRPC", self.grpc_port)):
+            if not 0 < port < 65536:
+                raise ConfigError(f"RAYLINE_{name}_PORT={port} is not a port")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -45,15 +48,19 @@ class Settings:
                 raise ConfigError(
                     f"{name} is not set; `make up` writes .rayline/env: run `. .rayline/env` first"
                 )
-        port = env.get("RAYLINE_HTTP_PORT", "8000")
-        if not port.isdigit():
-            raise ConfigError(f"RAYLINE_HTTP_PORT={port!r} is not a number")
+        ports = {}
+        for name, default in (("RAYLINE_HTTP_PORT", "8000"), ("RAYLINE_GRPC_PORT", "8001")):
+            port = env.get(name, default)
+            if not port.isdigit():
+                raise ConfigError(f"{name}={port!r} is not a number")
+            ports[name] = int(port)
         return cls(
             storage=env["RAYLINE_STORAGE"],
             mlflow_uri=env["MLFLOW_TRACKING_URI"],
             model=env.get("RAYLINE_MODEL") or "digits",
             http_host=env.get("RAYLINE_HTTP_HOST") or "127.0.0.1",
-            http_port=int(port),
+            http_port=ports["RAYLINE_HTTP_PORT"],
+            grpc_port=ports["RAYLINE_GRPC_PORT"],
             ray_address=env.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265",
         )
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 import uuid
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +19,11 @@ from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import BaseModel
 
+from lib.serving.bundle import Card
 from lib.serving.feedback import REQUEST_ID
 from lib.serving.keys import ANYONE
 from lib.serving.payload import MAX_BODY_BYTES, PayloadError
+from lib.serving.record import Record
 from lib.serving.router import RETRY_AFTER_S
 from serve_apps import schemas
 
@@ -49,6 +51,8 @@ class Call:
     request_id: str
     caller: str
     """Name of the API key, `anyone` where none is asked for."""
+    card: Card | None = None
+    """Of the version that answers, once it is chosen."""
 
     def header(self, name: bytes) -> str | None:
         """Return a header's value, None if it is not there."""
@@ -140,8 +144,7 @@ class App:
         self._authenticate = authenticate
         self._max_in_flight = max_in_flight
         self.in_flight = 0
-        self.finished: Counter[tuple[str, int]] = Counter()
-        """Requests by caller and status."""
+        self.record = Record()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -150,20 +153,18 @@ class App:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         given_id = headers.get(b"x-request-id")
         request_id = uuid.uuid4().hex if not given_id else given_id.decode("latin-1")
+        start_s = time.perf_counter()
         self.in_flight += 1
-        caller = UNKNOWN
+        caller, call = UNKNOWN, None
         try:
             if given_id and not REQUEST_ID.fullmatch(request_id):
                 raise PayloadError(400, "X-Request-Id: at most 128 letters, digits, `.`, `_`, `-`")
             route, params = self._match(scope["method"], scope["path"])
             if not route.is_open:
-                caller = self._authenticate(headers)
-                if self.in_flight > self._max_in_flight:
-                    raise PayloadError(
-                        503, f"{self._max_in_flight} requests are in flight here; try again"
-                    )
+                caller = self.admit(headers)
             body = await _read(headers, receive) if scope["method"] == "POST" else b""
-            reply = await route.handler(Call(params, headers, body, request_id, caller))
+            call = Call(params, headers, body, request_id, caller)
+            reply = await route.handler(call)
         except PayloadError as error:
             reply = json_reply({"error": error.message, "request_id": request_id}, error.status)
             if error.status == 503:
@@ -176,7 +177,8 @@ class App:
             reply = json_reply({"error": message, "request_id": request_id}, 500)
         finally:
             self.in_flight -= 1
-        self.finished[caller, reply.status] += 1
+        card = call.card if call else None
+        self.record.add(caller, reply.status, card, time.perf_counter() - start_s)
         reply.headers.append((b"content-length", b"%d" % len(reply.body)))
         if FAST_LANE in scope:
             # Elsewhere Serve adds it.
@@ -185,6 +187,13 @@ class App:
             {"type": "http.response.start", "status": reply.status, "headers": reply.headers}
         )
         await send({"type": "http.response.body", "body": reply.body})
+
+    def admit(self, headers: Mapping[bytes, bytes]) -> str:
+        """Return the caller's name; raise PayloadError 401, or 503 if too much is in flight."""
+        caller = self._authenticate(headers)
+        if self.in_flight > self._max_in_flight:
+            raise PayloadError(503, f"{self._max_in_flight} requests are in flight here; try again")
+        return caller
 
     def _match(self, method: str, path: str) -> tuple[Route, Mapping[str, str]]:
         methods, params = self._exact.get(path), {}

@@ -30,6 +30,7 @@ class Endpoints:
         """POST /predict: one image in, label and probabilities out."""
         table = self._router.table
         version = table.pick(call.params.get("model"), call.header(b"x-model-version"), _key(call))
+        call.card = version.card
         body, content_type = call.body, call.header(b"content-type") or ""
         parse = payload.parse_predict
         if len(body) <= LARGE_BODY_BYTES:
@@ -61,6 +62,7 @@ class Endpoints:
         pin = call.params.get("version") or call.header(b"x-model-version")
         table = self._router.table
         version = table.pick(call.params["model"], pin, _key(call))
+        call.card = version.card
         length = call.header(b"inference-header-content-length")
         request = oip.parse_infer(call.body, length, version.card)
         probabilities_NK = await self._router.answer(version, request.images_NHWC)

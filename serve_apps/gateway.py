@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 
 import ray
 from ray import serve
@@ -19,6 +18,7 @@ from lib.serving.keys import Keys, authenticate, read_keys
 from lib.serving.plan import VERSION_DEPLOYMENT, names, version_application
 from lib.serving.policy import acknowledge
 from lib.serving.predictor import load_predictor
+from lib.serving.record import Record
 from lib.serving.router import Images, Probabilities, Router, with_retries
 from lib.serving.shadow import FLUSH_EVERY_S
 from lib.serving.traffic import COLOCATED
@@ -26,6 +26,8 @@ from lib.storage import Storage
 from serve_apps import fast_lane
 from serve_apps.asgi import App
 from serve_apps.endpoints import Endpoints, routes
+from serve_apps.grpc_lane import GrpcLane
+from serve_apps.reporter import Reporter
 from serve_apps.scaling import BUSY, CALLS, BusyMeter
 
 POLICY_POLL_S = 0.3
@@ -37,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 @serve.ingress()
-class Gateway:
+class Gateway(GrpcLane):
     """Serve's side of the gateway: handles to the versions, and the policy's followers."""
 
     def __init__(self, storage: str) -> None:
@@ -97,12 +99,16 @@ class Gateway:
             self._channels.pop(application).close()
 
     async def _keep_records(self) -> None:
-        """Write what shadows said, and one log line for many requests."""
+        """Report counts, write what shadows said, and one log line for many requests."""
+        reporter = Reporter()
         while True:
             await asyncio.sleep(FLUSH_EVERY_S)
-            finished, self._app.finished = self._app.finished, Counter()
-            for (caller, status), count in sorted(finished.items()):
-                _log.info("%d requests of %s answered with %d", count, caller, status)
+            record, self._app.record = self._app.record, Record()
+            for (model, version, caller, status), count in sorted(record.requests.items()):
+                what = f"{model} version {version}" if model else "no version"
+                _log.info("%d requests of %s to %s: %d", count, caller, what, status)
+            reporter.report(record.increments())
+            reporter.report(self._router.shadows.increments())
             try:
                 await asyncio.to_thread(self._router.shadows.flush)
             except Exception:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from lib.errors import ConfigError, LineError
 from lib.line.ports import RANGE_SIZE, read_ports, variable
 from lib.line.processes import LINE_VARIABLE, PART_VARIABLE
+from lib.serving.payload import MAX_BODY_BYTES
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 PRIVATE = {
@@ -160,6 +161,7 @@ class Line:
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "RAYLINE_HTTP_HOST": self.host,
             "RAYLINE_HTTP_PORT": str(self.ports["http"]),
+            "RAYLINE_GRPC_PORT": str(self.ports["grpc"]),
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
         }
 
@@ -206,6 +208,8 @@ class Line:
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{haproxy}/server-state",
             "RAY_SERVE_HAPROXY_STATS_PORT": ports["haproxy_stats"],
             "RAY_SERVE_HAPROXY_METRICS_PORT": ports["haproxy_metrics"],
+            # The limit of HTTP's bodies, and some room for what surrounds the tensor.
+            "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(MAX_BODY_BYTES + 65536),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": ports["fallback"],
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": ports["fallback_grpc"],
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": ports["replicas"],

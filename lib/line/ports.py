@@ -23,6 +23,7 @@ class Port:
 
 PORTS: dict[str, Port] = {
     "http": Port(8000, "inference"),
+    "grpc": Port(8001, "inference, gRPC"),
     "dashboard": Port(8265, "Ray dashboard and jobs"),
     "mlflow": Port(5000, "MLflow"),
     "prometheus": Port(9090, "Prometheus"),

@@ -63,13 +63,13 @@ def _only_input(content: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         raise PayloadError(422, f"`inputs` must hold one tensor, named {INPUT!r}")
     tensor: dict[str, Any] = inputs[0]
-    if tensor.get("name") != INPUT or tensor.get("datatype") != "UINT8":
-        raise PayloadError(422, f"the input must be named {INPUT!r} with datatype UINT8")
     return tensor
 
 
-def _images(tensor: dict[str, Any], binary: bytes, card: Card) -> npt.NDArray[np.uint8]:
-    shape = tensor.get("shape")
+def check_input(name: Any, datatype: Any, shape: Any, card: Card) -> list[int]:
+    """Return the shape of an input tensor; raise PayloadError 422 or 413 if it can't be taken."""
+    if name != INPUT or datatype != "UINT8":
+        raise PayloadError(422, f"the input must be named {INPUT!r} with datatype UINT8")
     if (
         not isinstance(shape, list)
         or len(shape) != 4
@@ -80,6 +80,11 @@ def _images(tensor: dict[str, Any], binary: bytes, card: Card) -> npt.NDArray[np
         raise PayloadError(422, f"shape {shape!r} is not [N, {', '.join(map(str, card.shape))}]")
     if shape[0] > MAX_BATCH:
         raise PayloadError(413, f"a batch of {shape[0]}; at most {MAX_BATCH} images a request")
+    return shape
+
+
+def _images(tensor: dict[str, Any], binary: bytes, card: Card) -> npt.NDArray[np.uint8]:
+    shape = check_input(tensor.get("name"), tensor.get("datatype"), tensor.get("shape"), card)
     parameters = tensor.get("parameters")
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     expected = shape[0] * card.image_bytes

@@ -18,6 +18,8 @@ from lib.storage import Storage
 
 GATEWAY = "gateway"
 VERSION_DEPLOYMENT = "Version"
+_SERVICER = "tritonclient.grpc.service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
+"""By which Serve, whose own processes do not have our code, learns what gRPC calls there are."""
 _MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
 _ROOT = Path(__file__).parents[2]
@@ -119,5 +121,7 @@ def serve_config(settings: Settings, applications: list[dict[str, Any]]) -> dict
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": settings.http_host, "port": settings.http_port},
+        # Bound like HTTP's.
+        "grpc_options": {"port": settings.grpc_port, "grpc_servicer_functions": [_SERVICER]},
         "applications": sorted(applications, key=lambda config: str(config["name"])),
     }

@@ -87,6 +87,11 @@ class Router:
             raise PayloadError(503, "no model is deployed yet; run jobs.deploy")
         return self._table
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a policy is loaded."""
+        return self._table is not None
+
     async def refresh(self) -> bool:
         """Read the policy and, if it is newer, build the next table; return whether it changed.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,7 +15,9 @@ import numpy.typing as npt
 import orjson
 
 from lib.serving.batcher import QueueFull
+from lib.serving.record import Increment
 from lib.storage import Storage
+from lib.watch.metrics import SHADOWED
 
 Images = npt.NDArray[np.uint8]
 Probabilities = npt.NDArray[np.float32]
@@ -36,6 +38,15 @@ class Count:
     """Copies that the shadow was too slow for."""
     failed: int = 0
 
+    def results(self) -> dict[str, int]:
+        """Return the counts by what became of a copy."""
+        return {
+            "agreed": self.agreed,
+            "disagreed": self.compared - self.agreed,
+            "dropped": self.dropped,
+            "failed": self.failed,
+        }
+
 
 class Shadows:
     """Sends copies, compares, and keeps what it found under `shadow/` of the storage root.
@@ -47,12 +58,21 @@ class Shadows:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._counts: dict[tuple[str, int], Count] = {}
+        self._reported: Counter[tuple[str, str, str]] = Counter()
         self._rows: deque[Mapping[str, Any]] = deque(maxlen=MAX_UNWRITTEN)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return the counts by `model/version`."""
         return {f"{name}/{number}": asdict(count) for (name, number), count in self._counts.items()}
+
+    def increments(self) -> Iterator[Increment]:
+        """Yield what each counter has grown by since the last call."""
+        for (name, number), count in self._counts.items():
+            for result, total in count.results().items():
+                labels = (name, str(number), result)
+                yield SHADOWED, labels, total - self._reported[labels]
+                self._reported[labels] = total
 
     def send(
         self,

@@ -28,6 +28,7 @@ PURE = (
     "lib.serving.predictor",
     "lib.serving.payload",
     "lib.serving.bundle",
+    "lib.watch.metrics",
 )
 IMPURE = {"ray", "mlflow", "requests", "aiohttp", "httpx", "http", "urllib", "fastapi", "starlette"}
 

@@ -102,10 +102,10 @@ def test_a_gateway_asks_for_keys_but_not_for_docs_and_health(tmp_path: Path) -> 
         refused = await request(app, "POST", "/predict", IMAGE, RAW)
         assert (refused.status, refused.headers["www-authenticate"]) == (401, "Bearer")
         assert (await request(app, "GET", "/traffic")).status == 401
-        answer = await request(app, "POST", "/predict", IMAGE, {**RAW, "x-api-key": key})
-        assert answer.status == 200
-        assert app.finished["day", 200] == 1
-        assert app.finished["unknown", 401] == 2
+        pinned = {**RAW, "x-api-key": key, "x-model-version": "1"}
+        assert (await request(app, "POST", "/predict", IMAGE, pinned)).status == 200
+        assert app.record.requests["shapes", "1", "day", 200] == 1
+        assert app.record.requests["", "", "unknown", 401] == 2
 
     asyncio.run(scenario())
 

@@ -105,6 +105,7 @@ def test_two_homes_share_no_port_folder_or_mark(tmp_path: Path) -> None:
     assert shared == {
         "RAY_SERVE_ENABLE_HA_PROXY",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED",
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE",
         "RAY_SERVE_HAPROXY_METRICS_ENABLED",
         "RAY_SERVE_HAPROXY_LOG_TARGET",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S",

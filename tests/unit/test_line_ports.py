@@ -21,11 +21,11 @@ def test_the_offset_moves_every_port() -> None:
 
 def test_a_port_of_its_own_wins_over_offset_and_record() -> None:
     env = {"RAYLINE_PORT_OFFSET": "1000", "RAYLINE_HTTP_PORT": "8123"}
-    assert read_ports(env, {"http": 8001})["http"] == 8123
+    assert read_ports(env, {"http": 8010})["http"] == 8123
 
 
 def test_the_last_ports_are_kept() -> None:
-    assert read_ports({}, {"http": 8001})["http"] == 8001
+    assert read_ports({}, {"http": 8010})["http"] == 8010
 
 
 @pytest.mark.parametrize(

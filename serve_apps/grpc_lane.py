@@ -1,0 +1,160 @@
+"""The Open Inference Protocol over gRPC: the same versions, keys and bounds as over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2 as messages
+
+from lib.serving import oip_grpc
+from lib.serving.bundle import Card
+from lib.serving.feedback import REQUEST_ID
+from lib.serving.payload import PayloadError
+from lib.serving.router import Router, Version
+from serve_apps.asgi import UNKNOWN, App
+
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.INVALID_ARGUMENT,
+    422: grpc.StatusCode.INVALID_ARGUMENT,
+    503: grpc.StatusCode.UNAVAILABLE,
+}
+"""HTTP status of a PayloadError → the code that it has in gRPC."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call: its message, and what its metadata says."""
+
+    message: Any
+    metadata: dict[str, str]
+    request_id: str
+    trailing: list[tuple[str, str]]
+    card: Card | None = None
+
+
+class GrpcLane:
+    """The methods of `inference.GRPCInferenceService`, as mixed into the gateway.
+
+    Serve finds them by their names, which are the protocol's.
+    """
+
+    _app: App
+    _router: Router
+
+    async def ServerLive(self, message: Any, grpc_context: Any) -> Any:
+        """Whether the server is up."""
+        return messages.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, message: Any, grpc_context: Any) -> Any:
+        """Whether a policy is loaded."""
+        return messages.ServerReadyResponse(ready=self._router.is_ready)
+
+    async def ServerMetadata(self, message: Any, grpc_context: Any) -> Any:
+        """What this server is."""
+        return messages.ServerMetadataResponse(name="rayline", version="2")
+
+    async def ModelReady(self, message: Any, grpc_context: Any) -> Any:
+        """Whether a model, or one version of it, answers."""
+
+        async def answer(call: _Call) -> Any:
+            self._pinned(message.name, message.version)
+            return messages.ModelReadyResponse(ready=True)
+
+        return await self._answered(message, grpc_context, answer, messages.ModelReadyResponse)
+
+    async def ModelMetadata(self, message: Any, grpc_context: Any) -> Any:
+        """A model's versions and tensors."""
+
+        async def answer(call: _Call) -> Any:
+            card = self._pinned(message.name, message.version).card
+            _, traffic = self._router.table.model(card.name)
+            return oip_grpc.render_metadata(card, sorted(traffic.bundles))
+
+        return await self._answered(message, grpc_context, answer, messages.ModelMetadataResponse)
+
+    async def ModelInfer(self, message: Any, grpc_context: Any) -> Any:
+        """Classify a batch."""
+        return await self._answered(message, grpc_context, self._infer, messages.ModelInferResponse)
+
+    async def _infer(self, call: _Call) -> Any:
+        message, table = call.message, self._router.table
+        pin = message.model_version or call.metadata.get("x-model-version")
+        key = call.metadata.get("x-routing-key") or call.request_id
+        version = table.pick(message.model_name, pin, key)
+        call.card = version.card
+        call.trailing.append(("x-model-version", str(version.card.version)))
+        images_NHWC = oip_grpc.parse_infer(message, version.card)
+        probabilities_NK = await self._router.answer(version, images_NHWC)
+        self._router.copy_to_shadows(table, version, images_NHWC, probabilities_NK, call.request_id)
+        return oip_grpc.render_infer(version.card, message, probabilities_NK, call.request_id)
+
+    def _pinned(self, name: str, version: str) -> Version:
+        _, traffic = self._router.table.model(name)
+        return self._router.table.pick(name, version or str(traffic.champion), "")
+
+    async def _answered(
+        self,
+        message: Any,
+        context: Any,
+        answer: Callable[[_Call], Awaitable[Any]],
+        empty: Callable[[], Any],
+    ) -> Any:
+        """Answer a call within the gateway's bounds; an error becomes its code in gRPC."""
+        metadata = {str(name): str(value) for name, value in context.invocation_metadata()}
+        request_id = metadata.get("x-request-id") or uuid.uuid4().hex
+        call = _Call(message, metadata, request_id, [("x-request-id", request_id)])
+        headers = {name.encode(): value.encode() for name, value in metadata.items()}
+        caller, status, code = UNKNOWN, 200, None
+        start_s = time.perf_counter()
+        self._app.in_flight += 1
+        try:
+            if not REQUEST_ID.fullmatch(request_id):
+                call.trailing.clear()
+                raise PayloadError(400, "x-request-id: at most 128 letters, digits, `.`, `_`, `-`")
+            caller = self._app.admit(headers)
+            return await answer(call)
+        except PayloadError as error:
+            status, code, details = error.status, _CODES[error.status], error.message
+        except Exception:
+            _log.exception("request %s failed", request_id)
+            status, code = 500, grpc.StatusCode.INTERNAL
+            details = "the server failed on this request; its log has the cause under x-request-id"
+        finally:
+            self._app.in_flight -= 1
+            self._app.record.add(caller, status, call.card, time.perf_counter() - start_s)
+            context.set_trailing_metadata(call.trailing)
+        # Not raised: Serve would write a traceback for every malformed request.
+        context.set_code(code)
+        context.set_details(details)
+        return empty()
+
+
+def _refuse(context: Any) -> Any:
+    context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+    context.set_details("Rayline does not serve this; its jobs manage the models")
+    return messages.ServerLiveResponse()
+
+
+async def _unary(self: GrpcLane, message: Any, grpc_context: Any) -> Any:
+    return _refuse(grpc_context)
+
+
+async def _streaming(self: GrpcLane, stream: Any, grpc_context: Any) -> AsyncIterator[Any]:
+    yield _refuse(grpc_context)
+
+
+# Triton's extensions of the protocol are in the service too; without a method of that name Serve
+# would answer with a list of the gateway's.
+for _method in messages.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods:
+    if not hasattr(GrpcLane, _method.name):
+        setattr(GrpcLane, _method.name, _streaming if _method.server_streaming else _unary)

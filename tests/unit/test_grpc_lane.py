@@ -1,0 +1,166 @@
+"""The Open Inference Protocol over gRPC, over a stand-in model, without Serve or a network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2 as messages
+
+from lib.serving.keys import add_key, authenticate, read_keys
+from lib.serving.router import Router
+from lib.storage import Storage
+from serve_apps.asgi import App
+from serve_apps.endpoints import Endpoints, routes
+from serve_apps.grpc_lane import GrpcLane
+from tests.unit.serving_parts import make_predict, publish
+
+IMAGES = np.arange(2 * 24, dtype=np.uint8).reshape(2, 4, 6, 1)
+"""First pixels 0 and 24: class 0 both, by the stand-in."""
+
+
+class Context:
+    """What Serve hands to a method."""
+
+    def __init__(self, **metadata: str) -> None:
+        self._metadata = [(name.replace("_", "-"), value) for name, value in metadata.items()]
+        self.code: grpc.StatusCode | None = None
+        self.details = ""
+        self.trailing: dict[str, str] = {}
+
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return self._metadata
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+    def set_trailing_metadata(self, metadata: list[tuple[str, str]]) -> None:
+        self.trailing = dict(metadata)
+
+
+class Lane(GrpcLane):
+    def __init__(self, router: Router, app: App) -> None:
+        self._router, self._app = router, app
+
+
+def run(
+    tmp_path: Path, scenario: Callable[[Lane], Awaitable[None]], *, key: str | None = None
+) -> None:
+    async def main() -> None:
+        storage = Storage(str(tmp_path))
+        publish(storage, {1: 90, 2: 10})
+        router = Router(storage, make_predict)
+        await router.refresh()
+        app = App(
+            routes(Endpoints(router, storage)),
+            title="Rayline",
+            description="test",
+            authenticate=lambda headers: authenticate(read_keys(storage), headers),
+        )
+        await scenario(Lane(router, app))
+
+    asyncio.run(main())
+
+
+def infer_request(images_NHWC: np.ndarray[Any, Any] = IMAGES, **fields: Any) -> Any:
+    request = messages.ModelInferRequest(**{"model_name": "shapes", **fields})
+    request.inputs.add(name="images", datatype="UINT8", shape=images_NHWC.shape)
+    request.raw_input_contents.append(images_NHWC.tobytes())
+    return request
+
+
+def as_numbers(request: Any, values: list[int]) -> Any:
+    del request.raw_input_contents[:]
+    request.inputs[0].contents.uint_contents.extend(values)
+    return request
+
+
+def test_raw_and_plain_contents_give_the_same_answer_with_version_and_request_id(
+    tmp_path: Path,
+) -> None:
+    async def scenario(lane: Lane) -> None:
+        context = Context(x_request_id="abc-1", x_model_version="2")
+        answer = await lane.ModelInfer(infer_request(id="mine"), context)
+        assert context.code is None
+        assert context.trailing == {"x-request-id": "abc-1", "x-model-version": "2"}
+        assert (answer.model_name, answer.model_version, answer.id) == ("shapes", "2", "mine")
+        assert list(answer.outputs[0].shape) == [2, 3]
+        probabilities = np.frombuffer(answer.raw_output_contents[0], np.float32)
+        assert probabilities.tolist() == [1, 0, 0, 1, 0, 0]
+        plain = as_numbers(infer_request(), IMAGES.ravel().tolist())
+        again = await lane.ModelInfer(plain, Context())
+        assert again.raw_output_contents[0] == answer.raw_output_contents[0]
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (lambda r: setattr(r, "model_name", "cats"), "NOT_FOUND", "there are: shapes"),
+        (lambda r: setattr(r, "model_version", "7"), "NOT_FOUND", "there are: 1, 2"),
+        (lambda r: setattr(r.inputs[0], "datatype", "FP32"), "INVALID_ARGUMENT", "UINT8"),
+        (lambda r: r.inputs[0].shape.append(1), "INVALID_ARGUMENT", "[N, 4, 6, 1]"),
+        (lambda r: r.inputs.add(name="more"), "INVALID_ARGUMENT", "one tensor"),
+        (lambda r: r.outputs.add(name="logits"), "INVALID_ARGUMENT", "probabilities"),
+        (lambda r: r.raw_input_contents.append(b"x"), "INVALID_ARGUMENT", "raw contents"),
+        (lambda r: as_numbers(r, [1, 2]), "INVALID_ARGUMENT", "2 values"),
+        (lambda r: as_numbers(r, [256] * 48), "INVALID_ARGUMENT", "0–255"),
+        (lambda r: r.inputs[0].shape.__setitem__(0, 2000), "INVALID_ARGUMENT", "1024 images"),
+    ],
+)
+def test_every_error_has_its_code_and_says_what_to_do(
+    tmp_path: Path, change: Callable[[Any], Any], code: str, message: str
+) -> None:
+    async def scenario(lane: Lane) -> None:
+        request, context = infer_request(), Context()
+        change(request)
+        answer = await lane.ModelInfer(request, context)
+        assert context.code == grpc.StatusCode[code]
+        assert message in context.details
+        assert not answer.outputs
+
+    run(tmp_path, scenario)
+
+
+def test_a_key_is_asked_for_and_named_as_over_http(tmp_path: Path) -> None:
+    key = add_key(Storage(str(tmp_path)), "day")
+
+    async def scenario(lane: Lane) -> None:
+        refused = Context()
+        await lane.ModelInfer(infer_request(), refused)
+        assert refused.code == grpc.StatusCode.UNAUTHENTICATED
+        admitted = Context(authorization=f"Bearer {key}", x_model_version="1")
+        assert (await lane.ModelInfer(infer_request(), admitted)).outputs
+        assert lane._app.record.requests == {
+            ("", "", "unknown", 401): 1,
+            ("shapes", "1", "day", 200): 1,
+        }
+        assert lane._app.in_flight == 0
+        # Probes of a load balancer have no key.
+        assert (await lane.ServerLive(messages.ServerLiveRequest(), Context())).live
+
+    run(tmp_path, scenario)
+
+
+def test_metadata_names_the_served_versions(tmp_path: Path) -> None:
+    async def scenario(lane: Lane) -> None:
+        metadata = await lane.ModelMetadata(messages.ModelMetadataRequest(name="shapes"), Context())
+        assert list(metadata.versions) == ["1", "2"]
+        assert list(metadata.inputs[0].shape) == [-1, 4, 6, 1]
+        ready = await lane.ModelReady(messages.ModelReadyRequest(name="shapes"), Context())
+        assert ready.ready
+        unknown = Context()
+        ready = await lane.ModelReady(messages.ModelReadyRequest(name="cats"), unknown)
+        assert not ready.ready
+        assert unknown.code == grpc.StatusCode.NOT_FOUND
+
+    run(tmp_path, scenario)
