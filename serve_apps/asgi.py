@@ -7,9 +7,9 @@ requests are taken apart here; FastAPI only writes the OpenAPI document, from th
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,7 +152,7 @@ class App:
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
         given_id = headers.get(b"x-request-id")
-        request_id = uuid.uuid4().hex if not given_id else given_id.decode("latin-1")
+        request_id = os.urandom(16).hex() if not given_id else given_id.decode("latin-1")
         start_s = time.perf_counter()
         self.in_flight += 1
         caller, call = UNKNOWN, None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +111,7 @@ class GrpcLane:
     ) -> Any:
         """Answer a call within the gateway's bounds; an error becomes its code in gRPC."""
         metadata = {str(name): str(value) for name, value in context.invocation_metadata()}
-        request_id = metadata.get("x-request-id") or uuid.uuid4().hex
+        request_id = metadata.get("x-request-id") or os.urandom(16).hex()
         call = _Call(message, metadata, request_id, [("x-request-id", request_id)])
         headers = {name.encode(): value.encode() for name, value in metadata.items()}
         caller, status, code = UNKNOWN, 200, None

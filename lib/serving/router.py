@@ -130,6 +130,9 @@ class Router:
     async def answer(self, version: Version, images_NHWC: Images) -> Probabilities:
         """Return probabilities; raise PayloadError 503 if the version is overloaded or away."""
         try:
+            if version.placement == COLOCATED:
+                # Nothing that could be waited for in vain; a timer would cost a tenth of the rest.
+                return await version.batcher.submit(images_NHWC)
             async with asyncio.timeout(self._deadline_s):
                 return await version.batcher.submit(images_NHWC)
         except QueueFull:

@@ -3,6 +3,7 @@
 python -m tests.bench [ingest] [search] [serving] --rounds 5 --seconds 3 --json FILE
 python -m tests.bench soak --seconds 600
 python -m tests.bench autoscaling --seconds 40
+python -m tests.bench backpressure --seconds 10
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 PARTS = ("ingest", "search", "serving")
 """What is measured if nothing is named."""
-LONG_PARTS = ("soak", "autoscaling")
+LONG_PARTS = ("soak", "autoscaling", "backpressure")
 _ROOT = Path(__file__).parents[2]
 
 
@@ -120,6 +121,7 @@ def _minutes(chosen: list[str], options: Any) -> float:
         "search": 40 + options.rounds * 100,
         "soak": 60 + options.seconds,
         "autoscaling": 60 + 5 * options.seconds,
+        "backpressure": 60 + 4 * (options.seconds + 2),
         "serving": 150 + options.rounds * 24 * (options.seconds + 2),
     }
     return sum(seconds[part] for part in chosen) / 60

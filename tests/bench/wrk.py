@@ -59,6 +59,7 @@ def post(
     seconds: float,
     content_type: str = "application/octet-stream",
     rate_per_s: float | None = None,
+    refusals_allowed: bool = False,
 ) -> Load:
     """Post a file from one thread and so many keep-alive connections.
 
@@ -66,6 +67,8 @@ def post(
     all together ask that often as long as answers are quick; else it asks at once.
 
     Raises BenchError if one request failed: a server that refuses quickly must not look fast.
+    With `refusals_allowed` answers above 399 count as answers, for loads that are there to be
+    refused.
     """
     script = body_file.with_suffix(".lua")
     if not script.exists():
@@ -96,7 +99,7 @@ def post(
     errors = {
         name: result[name]
         for name in ("bad_status", "connect", "read", "write", "timeout")
-        if result[name]
+        if result[name] and not (refusals_allowed and name == "bad_status")
     }
     if errors or not result["requests"]:
         raise BenchError(

@@ -39,6 +39,10 @@ class LiveLine:
     storage: str
     url: str
     """Where the models answer."""
+    grpc: str
+    """Host and port where they answer gRPC."""
+    metrics_url: str
+    """What Ray exports for Prometheus."""
     up_output: str
     """What `make up` printed."""
 
@@ -111,6 +115,8 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveLine]:
             data=data,
             storage=state.storage,
             url=state.serve_url,
+            grpc=f"127.0.0.1:{state.ports['grpc']}",
+            metrics_url=f"http://{state.node_ip}:{state.ports['ray_metrics']}/metrics",
             up_output=up.stdout,
         )
     finally:

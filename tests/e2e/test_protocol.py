@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
+import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
@@ -67,6 +68,29 @@ def test_json_and_binary_tensors_give_the_same_for_every_version(
         assert np.allclose(as_json, as_binary, atol=1e-7)
         answers.append(as_binary)
     assert not np.array_equal(answers[0], answers[1])
+
+
+def test_grpc_gives_what_http_gives(
+    client: Any, line: LiveLine, images_NHWC: np.ndarray[Any, Any]
+) -> None:
+    grpc = triton_grpc.InferenceServerClient(line.grpc)
+    assert grpc.is_server_live()
+    assert grpc.is_server_ready()
+    assert grpc.is_model_ready("digits")
+    metadata = grpc.get_model_metadata("digits")
+    assert list(metadata.inputs[0].shape) == [-1, 28, 28, 1]
+    tensor = triton_grpc.InferInput("images", list(images_NHWC.shape), "UINT8")
+    tensor.set_data_from_numpy(images_NHWC)
+    for version in metadata.versions:
+        result = grpc.infer("digits", [tensor], model_version=version)
+        assert result.get_response().model_version == version
+        over_http = infer(client, images_NHWC, binary=True, version=version)
+        assert np.allclose(result.as_numpy("probabilities"), over_http, atol=1e-6)
+    with pytest.raises(InferenceServerException, match="there are"):
+        grpc.infer("digits", [tensor], model_version="999")
+    with pytest.raises(InferenceServerException, match="Rayline does not serve this"):
+        grpc.get_model_config("digits")
+    grpc.close()
 
 
 def test_a_wrong_tensor_is_an_error_that_says_so(client: Any) -> None:

@@ -132,6 +132,18 @@ def test_a_deploy_repairs_what_a_crash_left_between_policy_and_registry(
     assert alias(settings) == champion
 
 
+def named_in_metrics(line: LiveLine, caller: str) -> bool:
+    """Whether Ray's metrics count requests of a caller to a version."""
+    lines = requests.get(line.metrics_url, timeout=TIMEOUT_S).text.splitlines()
+    return any(
+        text.startswith("ray_rayline_requests_total")
+        and f'caller="{caller}"' in text
+        and 'model="digits"' in text
+        and 'status="200"' in text
+        for text in lines
+    )
+
+
 def test_keys_are_asked_for_as_soon_as_there_is_one(line: LiveLine, image: bytes) -> None:
     raw = {"Content-Type": "application/octet-stream"}
 
@@ -146,6 +158,12 @@ def test_keys_are_asked_for_as_soon_as_there_is_one(line: LiveLine, image: bytes
         key = json.loads(made.stdout.splitlines()[-1])["key"]
         until(lambda: {status({}) for _ in range(8)} == {401}, deadline_s=10, what="a refusal")
         assert {status({"Authorization": f"Bearer {key}"}) for _ in range(8)} == {200}
+        # Ray hands its metrics on every ten seconds.
+        until(
+            lambda: named_in_metrics(line, "night-shift"),
+            what="the key's name in the metrics",
+        )
+        assert key not in requests.get(line.metrics_url, timeout=TIMEOUT_S).text
         # A deploy still finds out whether the versions answer, and asks who wants it.
         refused = line.run("jobs.deploy", "rollback")
         assert refused.returncode != 0
