@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import ray
 
 from lib.line.layout import Line
@@ -115,6 +117,19 @@ def command(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        for left in in_session(process.pid):
+            with contextlib.suppress(psutil.Error):
+                left.kill()
+
+
+def in_session(session: int) -> list[psutil.Process]:
+    """Return the processes of a session, which has the number of its first process."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError):
+            if os.getsid(process.pid) == session:
+                found.append(process)
+    return found
 
 
 @contextmanager

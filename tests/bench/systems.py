@@ -39,6 +39,7 @@ from tests.bench.parts import (
     ROOT,
     SERVE_PEER_PORT,
     command,
+    in_session,
     make_line,
     running,
 )
@@ -262,8 +263,8 @@ def _server(
         arguments, env=merged, url=f"{base}/{health}", log=folder / f"{name}.log"
     ) as process:
         say(f"serving: {name} is up")
-        whole = psutil.Process(process.pid)
-        yield base, lambda: [whole, *whole.children(recursive=True)]
+        # By session: LitServe's workers are no children of the process that was started.
+        yield base, lambda: in_session(process.pid)
 
 
 def _ray_system(name: str, title: str, line: Line, path: str, folder: Path) -> System:
