@@ -121,7 +121,7 @@ def _measure_one(
     *,
     rate_per_s: float | None = None,
 ) -> Measured:
-    def post(seconds: float) -> wrk.Load:
+    def post(seconds: float, *, may_be_empty: bool = False) -> wrk.Load:
         return wrk.post(
             system.url,
             system.folder / system.body,
@@ -129,9 +129,10 @@ def _measure_one(
             seconds=seconds,
             content_type=system.content_type,
             rate_per_s=rate_per_s,
+            may_be_empty=may_be_empty,
         )
 
-    post(_WARM_S)
+    post(_WARM_S, may_be_empty=True)
     before = _cpu_seconds(system.processes())
     load = post(seconds)
     after = _cpu_seconds(system.processes())
