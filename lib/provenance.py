@@ -105,6 +105,14 @@ def describe(provenance: Provenance) -> str:
     return f"commit {provenance.commit[:12]}{state}, by {provenance.owner or 'unknown'}"
 
 
+def diffstat(before: str, after: str, root: Path = _ROOT) -> str | None:
+    """Return git's list of changed files between two commits; None if it lacks one of them."""
+    # Commits come from tags that anybody may write: nothing of them may be taken for an option.
+    if any(not set(commit) <= set("0123456789abcdef") for commit in (before, after)):
+        return None
+    return _git(root, "diff", "--stat=100", "--no-color", "--no-ext-diff", before, after, "--")
+
+
 @functools.cache
 def _current(encoded: str | None) -> Provenance:
     provenance = Provenance.decode(encoded) if encoded else collect()

@@ -19,10 +19,12 @@ from lib.cli import progress
 from lib.config import Settings
 from lib.data.loader import Split, read_splits
 from lib.data.manifest import Manifest
+from lib.errors import RefusedError
+from lib.registry import gaps
 from lib.registry.baseline import Baseline, check_against, ensure_baseline
 from lib.registry.evaluate import Evaluation, evaluate, predict_all
 from lib.registry.export import Exported, check_equal, export, load_served
-from lib.registry.models import Facts, Version, versions
+from lib.registry.models import Facts, Version, versions, way_back
 from lib.registry.runtime import Measured, measure_where_served
 from lib.registry.server import download
 from lib.registry.trials import Trial
@@ -34,8 +36,11 @@ EVALUATION_FILE = "evaluation.json"
 """Beside the model: the confusion matrix and all other numbers of the test split."""
 MODEL_NAME_TAG = "rayline.model"
 """On a logged model: the registered model that it was logged for."""
+REFUSED_TAG = "rayline.refused"
+"""On a trial's run: why a gate refused to make it a version."""
 _PROBE_IMAGES = 512
 _METRICS_PER_REQUEST = 500
+_TAG_LETTERS = 5000
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,13 +57,21 @@ class Publisher:
     def ensure_version(self, trial: Trial) -> Version:
         """Return the trial's version, made now if it has none.
 
-        Raises RefusedError if a gate refuses the trial; nothing of it is then left in MLflow.
+        Raises RefusedError if a gate refuses the trial; the reason is then a tag of its run, and
+        nothing else of it is left in MLflow.
         """
         known = self._versions_of(trial)
         if known:
             progress("register", f"trial {trial.run_id} is version {known[0].version} already")
             return known[0]
         self._remove_leftovers(trial)
+        try:
+            return self._make_version(trial)
+        except RefusedError as error:
+            self.client.set_tag(trial.run_id, REFUSED_TAG, str(error)[:_TAG_LETTERS])
+            raise
+
+    def _make_version(self, trial: Trial) -> Version:
         with tempfile.TemporaryDirectory(prefix="rayline-register-") as folder:
             start_s = time.monotonic()
             checkpoint = download(self.settings, trial.checkpoint_uri, Path(folder))
@@ -68,6 +81,7 @@ class Publisher:
             seconds = time.monotonic() - start_s
             progress("register", f"trial {trial.run_id}: exported in {seconds:.1f} s")
             facts, evaluation = self._measure(trial, exported)
+            self._check_gap(facts)
             self._write_descriptions(exported, facts, evaluation)
             model_id = self._log_model(trial, exported)
         self._log_metrics(trial, model_id, facts, evaluation)
@@ -119,6 +133,21 @@ class Publisher:
         _report(facts, speed)
         return facts, on_test
 
+    def _check_gap(self, facts: Facts) -> None:
+        known = [v for v in versions(self.settings) if v.data_digest == facts.data_digest]
+        rows = {f"{split}_rows": self.manifest.rows(split) for split in ("val", "test")}
+        verdict = gaps.judge(facts.scores, [version.scores for version in known], **rows)
+        if verdict.holds:
+            return
+        said = f"trial {facts.trial_run_id}: {verdict.explain()}"
+        if not known:
+            progress("register", f"WARNING: {said}; as the first on this data it sets the measure")
+            return
+        verdicts = gaps.judge_all({v.version: v.scores for v in known}, **rows)
+        raise RefusedError(
+            f"{said}, so it is refused; {way_back(self.settings, self.storage, known, verdicts)}"
+        )
+
     def _write_descriptions(self, exported: Exported, facts: Facts, on_test: Evaluation) -> None:
         manifest = self.manifest
         card = Card(
@@ -145,6 +174,8 @@ class Publisher:
         # checked would not be what is stored; and it works through process-wide state.
         client = self.client
         run = client.get_run(trial.run_id)
+        if REFUSED_TAG in run.data.tags:
+            client.delete_tag(trial.run_id, REFUSED_TAG)
         logged = client.create_logged_model(
             trial.experiment_id,
             name="model",
