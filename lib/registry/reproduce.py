@@ -64,6 +64,11 @@ def reproduce(
         DataError: The data set is not the recorded one any more.
     """
     start_s = time.monotonic()
+    if version.is_external:
+        raise RefusedError(
+            f"version {version.version} was not trained here: it came from {version.origin_uri} "
+            f"({version.framework}); ask {version.owner or 'its owner'} to train it again"
+        )
     with explained(settings, f"reading the record of version {version.version}"):
         run = connect(settings).get_run(version.run_id)
     with tempfile.TemporaryDirectory(prefix="rayline-reproduce-") as place:
