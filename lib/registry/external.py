@@ -45,6 +45,8 @@ _PROBE_IMAGES = 128
 _CHOICE_IMAGES = 2000
 """Validation images on which the scale of the pixels is found."""
 _DIVISORS = (255.0, 1.0)
+_ROUNDING = 0.01
+"""By how much a sum of probabilities may miss one: some models compute in half precision."""
 _MAX_DISAGREEING = 0.01
 """Share of the probe that may get another label by conversion: rounding at the edge of two."""
 _MISORDERED = 0.3
@@ -231,18 +233,26 @@ def _best_scale(
         scaled = replace(intake, divisor=divisor)
         scores = session.run(scaled.prepare(images), outlet.name)
         sums = scores.astype(np.float64).sum(axis=1)
-        finished = replace(outlet, softmax=scores.min() < 0 or np.abs(sums - 1).max() > 0.01)
-        accuracy = float((finished.finish(scores).argmax(axis=1) == labels).mean())
-        tried.append((accuracy, scaled, finished, scores))
-    accuracy, scaled, finished, scores = max(tried, key=lambda found: found[0])
+        # Written so that not-a-number counts as scores, not as probabilities.
+        is_probability = scores.min() >= 0 and np.abs(sums - 1).max() <= _ROUNDING
+        finished = replace(outlet, softmax=not is_probability)
+        tried.append((_log_loss(finished.finish(scores), labels), scaled, finished, scores))
+    # By the loss: the label of an image often stays the same at a wrong scale, its probability not.
+    _, scaled, finished, scores = min(tried, key=lambda found: found[0])
     if len(tried) > 1:
-        said = ", ".join(
-            f"{accuracy:.4f} from 0–{255 / way.divisor:.0f}" for accuracy, way, _, _ in tried
-        )
-        progress("register", f"pixels as floats: validation accuracy {said}")
-    _check_order(finished.finish(scores), labels, accuracy, manifest)
+        said = ", ".join(f"{loss:.3f} from 0–{255 / way.divisor:.0f}" for loss, way, _, _ in tried)
+        progress("register", f"pixels as floats: loss on validation {said}")
+    probabilities = finished.finish(scores)
+    accuracy = float((probabilities.argmax(axis=1) == labels).mean())
+    _check_order(probabilities, labels, accuracy, manifest)
     adapted = adapt(model, scaled, finished, manifest.shape, manifest.num_classes)
     return adapted, scaled, finished, accuracy
+
+
+def _log_loss(probabilities_NK: npt.NDArray[np.float32], labels_N: npt.NDArray[np.int64]) -> float:
+    right = probabilities_NK[np.arange(len(labels_N)), labels_N]
+    loss = float(-np.log(np.maximum(right, 1e-12)).mean())
+    return loss if np.isfinite(loss) else float("inf")
 
 
 def _check_order(
