@@ -25,7 +25,7 @@ from mlflow.types import Schema, TensorSpec
 from lib.data.manifest import Manifest
 from lib.errors import RefusedError, RegistryError
 from lib.registry.evaluate import EVALUATION_BATCH, predict_all
-from lib.registry.models import PT2_PATH
+from lib.registry.models import PT2_PATH, Origin
 from lib.serving.bundle import ONNX_FILE
 from lib.serving.predictor import OnnxPredictor
 from lib.train.model import ConvNet, ModelConfig, Served
@@ -38,15 +38,17 @@ class Exported:
     """A model in MLflow's layout, in a local folder."""
 
     folder: Path
+    origin: Origin | None = None
+    """Of other people's models, which are ONNX alone."""
 
     @property
     def pt2_file(self) -> Path:
-        """The torch.export program."""
+        """The torch.export program, unless it has an origin."""
         return self.folder / PT2_PATH
 
     @property
     def onnx_file(self) -> Path:
-        """Its ONNX twin."""
+        """Its ONNX twin, or the only file."""
         return self.folder / ONNX_FILE
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,8 +36,25 @@ _PAGE = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a model comes from that no sweep of Rayline trained."""
+
+    uri: str
+    """As it was given to `jobs.register`."""
+    sha256: str
+    """Over the model's files: what makes registering twice find the version of the first time."""
+    framework: str
+    owner: str | None
+    max_difference: float
+    """Of a probability, between the owner's model and what is served."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What registration found out about a trial; each field is a tag `rayline.…` of the version."""
+    """What registration found out about a trial; each field is a tag `rayline.…` of the version.
+
+    Fields with a default may lack their tag: older versions do.
+    """
 
     trial_run_id: str
     sweep_run_id: str
@@ -61,6 +78,13 @@ class Facts:
     """Where the runtimes were compared."""
     images_per_s: Mapping[str, Mapping[str, float]]
     """Runtime → batch size → images/s, when it was registered."""
+    owner: str | None = None
+    """Who trained it."""
+    framework: str = "rayline"
+    origin_uri: str | None = None
+    """Where it came from; None if a sweep of Rayline trained it."""
+    origin_sha256: str | None = None
+    """Over the files of the model that came from there."""
 
     @property
     def scores(self) -> Scores:
@@ -97,6 +121,11 @@ class Version(Facts):
         """Its serving bundle, relative to the storage root."""
         return bundle_path(self.name, self.version, self.trial_run_id)
 
+    @property
+    def is_external(self) -> bool:
+        """Whether it came from elsewhere; it is kept as ONNX alone then."""
+        return self.origin_uri is not None
+
     def summary(self) -> dict[str, Any]:
         """Return what a job prints about a version, as JSON types."""
         return {
@@ -109,6 +138,9 @@ class Version(Facts):
             "gap": self.val_test_gap,
             "runtime": self.runtime,
             "bundle": self.bundle,
+            "framework": self.framework,
+            "owner": self.owner,
+            "origin": self.origin_uri,
         }
 
     @classmethod
@@ -118,6 +150,7 @@ class Version(Facts):
             facts = {
                 field.name: _decode(field.type, found.tags[f"rayline.{field.name}"])
                 for field in fields(Facts)
+                if f"rayline.{field.name}" in found.tags or field.default is MISSING
             }
         except (KeyError, ValueError) as error:
             raise RegistryError(
@@ -216,12 +249,12 @@ def ensure_bundle(settings: Settings, storage: Storage, version: Version) -> str
     with explained(settings, f"finding the files of version {version.version}"):
         source = model_location(client, version.name, version.version)
     with tempfile.TemporaryDirectory(prefix="rayline-bundle-") as folder:
-        onnx, pt2, card = (
-            download(settings, f"{source}/{path}", Path(folder)).read_bytes()
-            for path in (ONNX_FILE, PT2_PATH, CARD_FILE)
+        files = [ONNX_FILE, CARD_FILE, *([] if version.is_external else [PT2_PATH])]
+        onnx, card, *pt2 = (
+            download(settings, f"{source}/{path}", Path(folder)).read_bytes() for path in files
         )
     content = {**json.loads(card), "name": version.name, "version": version.version}
-    return write_bundle(storage, Card.from_json(content), onnx, pt2)
+    return write_bundle(storage, Card.from_json(content), onnx, pt2[0] if pt2 else None)
 
 
 def model_location(client: MlflowClient, name: str, version: int) -> str:

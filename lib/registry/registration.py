@@ -13,6 +13,8 @@ from lib.cli import progress
 from lib.config import Settings
 from lib.data.manifest import Manifest
 from lib.errors import RefusedError, RegistryError
+from lib.registry.external import fetched, save, understand
+from lib.registry.external_runs import as_trial, closed_run, ensure_run, owner_of
 from lib.registry.gaps import too_weak_to_challenge
 from lib.registry.models import (
     CHALLENGER,
@@ -73,6 +75,40 @@ def register(
         _complete(client, settings, manifest, registered)
         by_number = {version.version: version for version in versions(settings)}
     return [by_number[version.version] for version in registered]
+
+
+def register_external(
+    settings: Settings, storage: Storage, manifest: Manifest, uri: str, *, trust_code: bool = False
+) -> Version:
+    """Make an MLflow model that someone else trained a version, through the same gates.
+
+    The same model on the same data keeps its version. Raises RefusedError with the reason;
+    `trust_code` allows models that are pickles.
+    """
+    bundle_path(settings.model, 1, "")
+    client = connect(settings)
+    with fetched(settings, uri) as model, explained(settings, f"registering {uri}"):
+        publisher = Publisher(settings=settings, storage=storage, manifest=manifest, client=client)
+        run = ensure_run(client, settings, manifest, model)
+        known = [version for version in versions(settings) if version.run_id == run.info.run_id]
+        if known:
+            progress("register", f"{uri} is version {known[0].version} already")
+            version = known[0]
+        else:
+            with closed_run(client, run.info.run_id):
+                understood = understand(
+                    model, manifest, publisher.split("val"), trust_code=trust_code
+                )
+                version = publisher.ensure_version(
+                    as_trial(run, understood),
+                    lambda folder: save(
+                        understood, model, manifest, owner_of(run), folder / "model"
+                    ),
+                )
+        ensure_bundle(settings, storage, version)
+        _complete(client, settings, manifest, [version])
+        by_number = {version.version: version for version in versions(settings)}
+    return by_number[version.version]
 
 
 def choose_aliases(

@@ -28,6 +28,7 @@ class Trial:
     checkpoint_uri: str
     git_commit: str | None
     git_dirty: bool
+    owner: str | None
 
 
 def sweep_data_digest(settings: Settings, sweep_run_id: str) -> str:
@@ -86,6 +87,7 @@ def _trial(run: Run, sweep: Run) -> Trial:
         checkpoint_uri=f"{run.info.artifact_uri}/{CHECKPOINT_PATH}",
         git_commit=tags.get("rayline.git_commit") or tags.get("mlflow.source.git.commit"),
         git_dirty=tags.get("rayline.git_dirty", "false").lower() == "true",
+        owner=tags.get("rayline.owner"),
     )
 
 

@@ -13,6 +13,7 @@ from ray import tune
 from lib.data.loader import Split
 from lib.data.manifest import Manifest
 from lib.train.augment import Augmentation
+from lib.train.environment import describe
 from lib.train.loop import Examples, TrainConfig, Trainer
 from lib.train.model import ModelConfig
 
@@ -67,7 +68,8 @@ class Trial(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write the net and the state of training."""
-        torch.save(self._trainer.checkpoint(), Path(checkpoint_dir) / MODEL_FILE)
+        content = {**self._trainer.checkpoint(), "environment": describe(self._device)}
+        torch.save(content, Path(checkpoint_dir) / MODEL_FILE)
         torch.save(self._trainer.state_dict(), Path(checkpoint_dir) / STATE_FILE)
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
