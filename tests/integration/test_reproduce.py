@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
@@ -18,15 +19,18 @@ import jobs.reproduce
 from lib import provenance
 from lib.config import Preset, Settings
 from lib.data.ingest import ingest
+from lib.data.loader import read_splits
+from lib.data.manifest import load_manifest
 from lib.errors import DataError, RefusedError
 from lib.registry import reproduce as module
 from lib.registry.baseline import baseline_path
 from lib.registry.models import Version
 from lib.registry.registration import register
 from lib.registry.reproduce import How, reproduce
-from lib.registry.verdict import DIFFERS, IDENTICAL, WITHIN_NOISE
+from lib.registry.verdict import DIFFERS, IDENTICAL
 from lib.storage import Storage
 from lib.train.search import run_sweep
+from lib.train.trial import Trial
 from tests.data_sources import idx_files, write_files
 
 PROJECT = Path(__file__).parents[2]
@@ -163,15 +167,6 @@ def test_other_code_gives_another_verdict_and_exit_code(
     assert verdict["noise"]["limit"] >= 2 * verdict["noise"]["seed_deviation"]
 
 
-def test_this_code_is_said_to_be_this_code(recorded: Recorded) -> None:
-    lost = replace(recorded.version, git_commit=None)
-    found = reproduce(
-        recorded.settings, recorded.storage, lost, root=PROJECT, how=How(this_code=True)
-    )
-    assert found.verdict == IDENTICAL
-    assert "instead of commit unknown" in found.code
-
-
 def test_what_is_not_on_record_is_refused_with_the_way_out(
     recorded: Recorded, tmp_path: Path
 ) -> None:
@@ -184,6 +179,36 @@ def test_what_is_not_on_record_is_refused_with_the_way_out(
         again(recorded, replace(version, sweep_run_id=version.run_id))
     with pytest.raises(RefusedError, match="no git checkout"):
         reproduce(recorded.settings, recorded.storage, version, root=tmp_path, how=How())
+
+
+def test_weights_of_another_trial_are_no_result_of_a_configuration(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = load_manifest(recorded.storage, recorded.version.data_digest)
+    splits = read_splits(recorded.storage, manifest, ["train", "val"])
+    trial = Trial.__new__(Trial)
+    params = {"stage_width": 8, "depth": 1, "weight_decay": 5e-4, "label_smoothing": 0.1}
+
+    def checkpoint(name: str, learning_rate: float, start: Path | None) -> Path:
+        config = {**params, "augmentation": 0.5, "learning_rate": learning_rate}
+        trial.setup(config, manifest=manifest, splits=splits, rungs=(2,))
+        if start:
+            trial.load_checkpoint(str(start))
+        (tmp_path / name).mkdir()
+        trial.save_checkpoint(str(tmp_path / name))
+        return tmp_path / name
+
+    own = checkpoint("own", 0.1, None)
+    resumed = checkpoint("resumed", 0.1, own)
+    child = checkpoint("child", 0.2, own)
+    grandchild = checkpoint("grandchild", 0.2, child)
+    files = [folder / "model.pt" for folder in (own, resumed, child, grandchild)]
+    inherited = [torch.load(file, weights_only=True)["inherited"] for file in files]
+    assert inherited == [False, False, True, True]
+
+    monkeypatch.setattr(module, "download", lambda *_: files[2])
+    with pytest.raises(RefusedError, match="population-based training"):
+        again(recorded)
 
 
 def test_a_changed_pixel_is_found_before_anything_is_trained(recorded: Recorded) -> None:
@@ -206,7 +231,7 @@ def test_a_changed_pixel_is_found_before_anything_is_trained(recorded: Recorded)
         recorded.storage.write_json(manifest, before)
 
 
-def test_another_torch_is_refused_and_another_processor_is_said(
+def test_another_torch_or_code_is_taken_only_when_asked_for(
     recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def elsewhere(device: str) -> dict[str, Any]:
@@ -216,5 +241,12 @@ def test_another_torch_is_refused_and_another_processor_is_said(
     monkeypatch.setattr(module, "describe", elsewhere)
     with pytest.raises(RefusedError, match=r"torch decides .* → 1.0.*--rebuild-env"):
         again(recorded)
-    assert "processor" in capsys.readouterr().out
-    assert again(recorded, this_env=True).verdict in (IDENTICAL, WITHIN_NOISE)
+    assert "environment: processor" in capsys.readouterr().out
+
+    lost = replace(recorded.version, git_commit=None)
+    how = How(this_code=True, this_env=True)
+    found = reproduce(recorded.settings, recorded.storage, lost, root=PROJECT, how=how)
+
+    assert found.verdict == IDENTICAL
+    assert "instead of commit unknown" in found.code
+    assert "the untracked module" not in capsys.readouterr().out
