@@ -1,0 +1,201 @@
+"""What a sweep runs: the contract of a trainable, and what every trainable gets for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ray import tune
+
+from lib.storage import Storage
+
+FAILED = "rayline_failed"
+"""In a report: why the trial failed. It has no metrics then."""
+RUNG_COUNT = "rung_count"
+"""In a report: the time that schedulers count in."""
+AT_RUNG = "at_rung"
+"""In a report: whether a scheduler may compare the trial now."""
+RESUME = "rayline_resume"
+"""In a configuration: the id of the earlier attempt whose state the trial goes on from."""
+_STATE = "state"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Desk:
+    """Where the trials of one sweep leave what must outlive their process, and when to compare."""
+
+    storage: Storage
+    folder: str
+    """Relative to the storage root; a trial has a folder of its own below it."""
+    rungs: tuple[int, ...] = ()
+    """Epochs at which trials are comparable; none: at every report."""
+    rung_counts: tuple[int, ...] = ()
+    """Of each rung: the time it counts as for the scheduler."""
+
+    def file(self, attempt: str, name: str) -> str:
+        """Return the path of a trial's file, relative to the storage root."""
+        return f"{self.folder}/{attempt}/{name}"
+
+
+class SweepTrial(tune.Trainable):
+    """Base of all that a sweep can run: one configuration after the other in the same process.
+
+    A subclass defines `prepare`, `begin` and `advance`, and may define the rest:
+
+    - `prepare(**shared)`: once a process. `shared` is what `Trainable.shared` of the sweep holds,
+      put into the object store once for all trials.
+    - `begin(params)`: start over with a configuration; whatever ran before has ended.
+    - `advance()`: go on for one step and return its report: numbers by name, every objective of
+      the experiment among them. `"epoch"` numbers the reports from 1 (counted if left out),
+      `"done": True` ends the trial. Blocking is fine: nothing else waits for it. A trial that ends
+      without a number to report returns `{"done": True}` or raises.
+    - `state()`: bytes from which `load` goes on after this report; None (the default): a trial
+      that is interrupted starts again from the beginning.
+    - `load(state)`: called after `begin` where there is such a state.
+    - `artifacts()`: files, by name, that belong on the trial's run in MLflow and are new since
+      the last report; a later file replaces one of the same name. The sweep is told where on the
+      run each name goes.
+    - `end()`: the trial is over, early or not; the last call before the next `begin`.
+
+    An exception from `begin`, `load` or `advance` fails this trial, with its text as the reason,
+    and the process takes the next one. A process that dies is started again and goes on from the
+    last state.
+    """
+
+    FIXED: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that can't change within a trial; population-based training leaves them alone."""
+
+    def prepare(self, **shared: Any) -> None:
+        """Get ready for the first configuration."""
+
+    def begin(self, params: Mapping[str, Any]) -> None:
+        """Start over with a configuration."""
+        raise NotImplementedError
+
+    def advance(self) -> Mapping[str, Any]:
+        """Go on for one step and report."""
+        raise NotImplementedError
+
+    def state(self) -> bytes | None:
+        """Return what `load` goes on from."""
+        return None
+
+    def load(self, state: bytes) -> None:
+        """Go on from a state."""
+        raise NotImplementedError
+
+    def artifacts(self) -> Mapping[str, bytes]:
+        """Return the files for the run that are new since the last report."""
+        return {}
+
+    def end(self) -> None:
+        """Let go of what the trial holds."""
+
+    # What follows is between this class and Tune.
+
+    def setup(
+        self, config: dict[str, Any], desk: Desk | None = None, shared: Any = None
+    ) -> None:
+        """Prepare the process and begin the first configuration."""
+        if desk is None:
+            raise ValueError("a trial needs the desk of its sweep")
+        self._desk = desk
+        self.prepare(**(shared or {}))
+        self._begin(config)
+
+    def step(self) -> dict[str, Any]:
+        """Return one report, kept durably before Tune sees it."""
+        if self._failure:
+            return {FAILED: self._failure, "done": True}
+        if self._reported:  # It was kept, but may never have reached the sweep.
+            report, self._reported = self._reported, None
+            self._count = int(report["epoch"])
+            return report
+        try:
+            report = self._complete(self.advance())
+        # Whatever a trial raises is the trial's; the process and the sweep go on.
+        except Exception as error:
+            return {FAILED: f"{type(error).__name__}: {error}", "done": True}
+        self._keep(report)
+        return report
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begin another configuration in this process."""
+        self.end()
+        self._begin(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """End the last trial of this process."""
+        self.end()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Write what a scheduler needs that pauses trials or clones them."""
+        content = self.state()
+        if content is not None:
+            (Path(checkpoint_dir) / _STATE).write_bytes(pack({"epoch": self._count}, content))
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
+        """Go on from what `save_checkpoint` wrote, of this trial or of another one."""
+        file = Path(checkpoint_dir) / _STATE
+        if not file.exists():
+            return
+        report, content = unpack(file.read_bytes())
+        self._reported = None
+        self._count = int(report["epoch"])
+        self._guarded(lambda: self.load(content))
+
+    def _begin(self, config: Mapping[str, Any]) -> None:
+        self._failure: str | None = None
+        self._reported: dict[str, Any] | None = None
+        self._count = 0
+        params = {name: value for name, value in config.items() if name != RESUME}
+        self._guarded(lambda: self.begin(params))
+        for attempt in (self.trial_id, config.get(RESUME)):
+            path = self._desk.file(str(attempt), _STATE)
+            if attempt and not self._failure and self._desk.storage.exists(path):
+                self._reported, content = unpack(self._desk.storage.read(path))
+                self._guarded(lambda content=content: self.load(content))
+                return
+
+    def _guarded(self, work: Any) -> None:
+        try:
+            work()
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
+
+    def _complete(self, advanced: Mapping[str, Any]) -> dict[str, Any]:
+        self._count = int(advanced.get("epoch", self._count + 1))
+        desk = self._desk
+        passed = sum(self._count >= rung for rung in desk.rungs)
+        return {
+            **advanced,
+            "epoch": self._count,
+            "done": bool(advanced.get("done", False)),
+            AT_RUNG: self._count in desk.rungs if desk.rungs else True,
+            RUNG_COUNT: (desk.rung_counts[passed - 1] if passed else 0)
+            if desk.rungs
+            else self._count,
+        }
+
+    def _keep(self, report: Mapping[str, Any]) -> None:
+        for name, content in self.artifacts().items():
+            self._desk.storage.write(self._desk.file(self.trial_id, name), content)
+        state = None if report["done"] else self.state()
+        if state is not None:
+            path = self._desk.file(self.trial_id, _STATE)
+            self._desk.storage.write(path, pack(report, state))
+
+
+def pack(report: Mapping[str, Any], state: bytes) -> bytes:
+    """Return a report and the state after it as one file: they are kept both or neither."""
+    return json.dumps(dict(report)).encode() + b"\n" + state
+
+
+def unpack(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """Take apart what `pack` put together."""
+    head, _, state = content.partition(b"\n")
+    return json.loads(head), state
