@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ray import tune
 
+from lib.errors import SearchError, StorageError
 from lib.storage import Storage
+from lib.train.experiment import MAXIMIZE, Objective
 
 FAILED = "rayline_failed"
 """In a report: why the trial failed. It has no metrics then."""
+NO_PLACE = "rayline_no_place"
+"""In a report: why what must be kept could not be written. It has no metrics then."""
+REPORT = "rayline_report"
+"""In a report: its number. One that is repeated after an interruption has the number it had."""
 RUNG_COUNT = "rung_count"
 """In a report: the time that schedulers count in."""
 AT_RUNG = "at_rung"
@@ -30,6 +38,8 @@ class Desk:
     storage: Storage
     folder: str
     """Relative to the storage root; a trial has a folder of its own below it."""
+    objectives: tuple[Objective, ...]
+    """What every report must hold; by the first one the best report is told."""
     rungs: tuple[int, ...] = ()
     """Epochs at which trials are comparable; none: at every report."""
     rung_counts: tuple[int, ...] = ()
@@ -45,19 +55,21 @@ class SweepTrial(tune.Trainable):
 
     A subclass defines `prepare`, `begin` and `advance`, and may define the rest:
 
-    - `prepare(**shared)`: once a process. `shared` is what `Trainable.shared` of the sweep holds,
-      put into the object store once for all trials.
+    - `prepare(**shared)`: once a process. `shared` is that of the sweep's `Work`, put into the
+      object store once for all trials.
     - `begin(params)`: start over with a configuration; whatever ran before has ended.
     - `advance()`: go on for one step and return its report: numbers by name, every objective of
-      the experiment among them. `"epoch"` numbers the reports from 1 (counted if left out),
-      `"done": True` ends the trial. Blocking is fine: nothing else waits for it. A trial that ends
-      without a number to report returns `{"done": True}` or raises.
+      the experiment among them. `"epoch"` numbers the steps from 1 (counted if left out),
+      `"done": True` ends the trial. Blocking is fine: nothing else waits for it. A trial that
+      comes to its end with nothing new returns `{"done": True}`. An objective that is missing
+      otherwise, or not finite, fails the trial.
     - `state()`: bytes from which `load` goes on after this report; None (the default): a trial
       that is interrupted starts again from the beginning.
     - `load(state)`: called after `begin` where there is such a state.
-    - `artifacts()`: files, by name, that belong on the trial's run in MLflow and are new since
-      the last report; a later file replaces one of the same name. The sweep is told where on the
-      run each name goes.
+    - `artifacts(is_best)`: files, by name, that belong on the trial's run in MLflow and are to be
+      kept with this report; a later file replaces one of the same name. `is_best` tells whether
+      no earlier report of the trial had as good a first objective. Where on the run each name
+      goes is the `Work`'s to say.
     - `end()`: the trial is over, early or not; the last call before the next `begin`.
 
     An exception from `begin`, `load` or `advance` fails this trial, with its text as the reason,
@@ -87,8 +99,8 @@ class SweepTrial(tune.Trainable):
         """Go on from a state."""
         raise NotImplementedError
 
-    def artifacts(self) -> Mapping[str, bytes]:
-        """Return the files for the run that are new since the last report."""
+    def artifacts(self, is_best: bool) -> Mapping[str, bytes]:
+        """Return the files for the run that go with the last report."""
         return {}
 
     def end(self) -> None:
@@ -110,16 +122,18 @@ class SweepTrial(tune.Trainable):
         """Return one report, kept durably before Tune sees it."""
         if self._failure:
             return {FAILED: self._failure, "done": True}
-        if self._reported:  # It was kept, but may never have reached the sweep.
-            report, self._reported = self._reported, None
-            self._count = int(report["epoch"])
+        if self._kept:  # It was kept, but may never have reached the sweep.
+            report, self._kept = self._kept, None
             return report
         try:
             report = self._complete(self.advance())
         # Whatever a trial raises is the trial's; the process and the sweep go on.
         except Exception as error:
-            return {FAILED: f"{type(error).__name__}: {error}", "done": True}
-        self._keep(report)
+            return {FAILED: described(error), "done": True}
+        try:
+            self._keep(report)
+        except StorageError as error:
+            return {NO_PLACE: str(error), "done": True}
         return report
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -136,63 +150,89 @@ class SweepTrial(tune.Trainable):
         """Write what a scheduler needs that pauses trials or clones them."""
         content = self.state()
         if content is not None:
-            (Path(checkpoint_dir) / _STATE).write_bytes(pack({"epoch": self._count}, content))
+            (Path(checkpoint_dir) / _STATE).write_bytes(pack({"epoch": self._epoch}, content))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
         """Go on from what `save_checkpoint` wrote, of this trial or of another one."""
         file = Path(checkpoint_dir) / _STATE
         if not file.exists():
             return
-        report, content = unpack(file.read_bytes())
-        self._reported = None
-        self._count = int(report["epoch"])
+        head, content = unpack(file.read_bytes())
+        self._kept = None
+        self._epoch = int(head["epoch"])
         self._guarded(lambda: self.load(content))
 
     def _begin(self, config: Mapping[str, Any]) -> None:
         self._failure: str | None = None
-        self._reported: dict[str, Any] | None = None
-        self._count = 0
+        self._kept: dict[str, Any] | None = None
+        self._num_reports = self._epoch = 0
+        self._best: float | None = None
         params = {name: value for name, value in config.items() if name != RESUME}
         self._guarded(lambda: self.begin(params))
         for attempt in (self.trial_id, config.get(RESUME)):
             path = self._desk.file(str(attempt), _STATE)
             if attempt and not self._failure and self._desk.storage.exists(path):
-                self._reported, content = unpack(self._desk.storage.read(path))
-                self._guarded(lambda content=content: self.load(content))
+                head, content = unpack(self._desk.storage.read(path))
+                self._kept, self._best = head["report"], head["best"]
+                self._num_reports, self._epoch = head["report"][REPORT], head["report"]["epoch"]
+                self._guarded(partial(self.load, content))
                 return
 
-    def _guarded(self, work: Any) -> None:
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
         except Exception as error:
-            self._failure = f"{type(error).__name__}: {error}"
+            self._failure = described(error)
 
     def _complete(self, advanced: Mapping[str, Any]) -> dict[str, Any]:
-        self._count = int(advanced.get("epoch", self._count + 1))
-        desk = self._desk
-        passed = sum(self._count >= rung for rung in desk.rungs)
+        done = bool(advanced.get("done", False))
+        metrics = [objective.metric for objective in self._desk.objectives]
+        missing = [name for name in metrics if name not in advanced]
+        if missing and done and self._num_reports:
+            return {"done": True, AT_RUNG: False}
+        if missing:
+            raise SearchError(f"the trial reported no {', '.join(missing)}")
+        for name in metrics:
+            if not math.isfinite(advanced[name]):
+                raise SearchError(f"the trial reported {name} = {advanced[name]}")
+        self._num_reports += 1
+        self._epoch = int(advanced.get("epoch", self._epoch + 1))
+        rungs, counts = self._desk.rungs, self._desk.rung_counts
+        passed = sum(self._epoch >= rung for rung in rungs)
         return {
             **advanced,
-            "epoch": self._count,
-            "done": bool(advanced.get("done", False)),
-            AT_RUNG: self._count in desk.rungs if desk.rungs else True,
-            RUNG_COUNT: (desk.rung_counts[passed - 1] if passed else 0)
-            if desk.rungs
-            else self._count,
+            "epoch": self._epoch,
+            "done": done,
+            REPORT: self._num_reports,
+            AT_RUNG: self._epoch in rungs if rungs else True,
+            RUNG_COUNT: (counts[passed - 1] if passed else 0) if rungs else self._epoch,
         }
 
     def _keep(self, report: Mapping[str, Any]) -> None:
-        for name, content in self.artifacts().items():
-            self._desk.storage.write(self._desk.file(self.trial_id, name), content)
+        if REPORT not in report:
+            return
+        objective = self._desk.objectives[0]
+        value = float(report[objective.metric])
+        sign = 1 if objective.goal == MAXIMIZE else -1
+        is_best = self._best is None or sign * value > sign * self._best
+        self._best = value if is_best else self._best
+        write = self._desk.storage.write
+        for name, content in self.artifacts(is_best).items():
+            write(self._desk.file(self.trial_id, name), content)
         state = None if report["done"] else self.state()
         if state is not None:
-            path = self._desk.file(self.trial_id, _STATE)
-            self._desk.storage.write(path, pack(report, state))
+            head = {"report": dict(report), "best": self._best}
+            write(self._desk.file(self.trial_id, _STATE), pack(head, state))
 
 
-def pack(report: Mapping[str, Any], state: bytes) -> bytes:
+def described(error: Exception) -> str:
+    """Return an error as the reason why a trial failed."""
+    return f"{type(error).__name__}: {error}"
+
+
+def pack(head: Mapping[str, Any], state: bytes) -> bytes:
     """Return a report and the state after it as one file: they are kept both or neither."""
-    return json.dumps(dict(report)).encode() + b"\n" + state
+    return json.dumps(dict(head)).encode() + b"\n" + state
 
 
 def unpack(content: bytes) -> tuple[dict[str, Any], bytes]:
