@@ -48,12 +48,8 @@ def search_space(preset: Preset) -> tuple[Parameter, ...]:
     return (
         Parameter(name="stage_width", kind=DISCRETE, values=preset.widths),
         Parameter(name="depth", kind=DISCRETE, values=preset.depths),
-        Parameter(
-            name="learning_rate", kind=DOUBLE, low=0.03, high=0.3, distribution=LOG_UNIFORM
-        ),
-        Parameter(
-            name="weight_decay", kind=DOUBLE, low=1e-4, high=2e-3, distribution=LOG_UNIFORM
-        ),
+        Parameter(name="learning_rate", kind=DOUBLE, low=0.03, high=0.3, distribution=LOG_UNIFORM),
+        Parameter(name="weight_decay", kind=DOUBLE, low=1e-4, high=2e-3, distribution=LOG_UNIFORM),
         Parameter(name="label_smoothing", kind=DOUBLE, low=0.0, high=0.15, step=0.05),
         Parameter(name="augmentation", kind=DOUBLE, low=0.0, high=1.0, step=0.25),
     )

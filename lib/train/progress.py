@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,10 @@ class Progress:
         self._journal = journal
         self._objective = experiment.objective
         self._by_attempt: dict[str, TrialState] = {}
+        self.best: TrialState | None = None
+        """The trial that ended with the best objective so far."""
+        self.num_failed = 0
+        self._lock = threading.Lock()
         self._sessions: list[tuple[int, int]] = []
         for event in journal.events:
             self._apply(event)
@@ -65,8 +70,9 @@ class Progress:
     def add(self, kind: str, *, durable: bool = False, **content: Any) -> None:
         """Note an event."""
         event = {"event": kind, "time_ms": int(time.time() * 1000), **content}
-        self._journal.append(event, durable=durable)
-        self._apply(event)
+        with self._lock:  # The writer to MLflow notes what it has written.
+            self._journal.append(event, durable=durable)
+            self._apply(event)
         for listener in self.listeners:
             listener(event)
 
@@ -77,15 +83,6 @@ class Progress:
     def interrupted(self) -> list[TrialState]:
         """Return the trials that have begun and not ended."""
         return [trial for trial in self.trials.values() if trial.ended is None]
-
-    def num_failed(self) -> int:
-        """Return how many trials have failed."""
-        return sum(trial.ended == FAILED for trial in self.trials.values())
-
-    def best_trial(self) -> TrialState | None:
-        """Return the trial with the best objective so far."""
-        ranked = self.ranked()
-        return ranked[0] if ranked else None
 
     def ranked(self) -> list[TrialState]:
         """Return the trials that left a result, best objective first, the earlier one if equal."""
@@ -122,6 +119,11 @@ class Progress:
             trial.params = event["params"]
         elif kind == ENDED:
             trial.ended, trial.why = event["how"], event["why"]
+            self.num_failed += trial.ended == FAILED
+            if trial.best and trial.ended != FAILED:
+                best = self.best
+                if best is None or better(self._objective, trial.best, best.best):
+                    self.best = trial
         elif kind == RUN:
             trial.run_id = event["run_id"]
         elif kind == RECORDED:
@@ -146,14 +148,10 @@ def reached(objective: Objective, metrics: Mapping[str, float]) -> bool:
     if objective.target is None:
         return False
     value = metrics.get(objective.metric, math.nan)
-    return (
-        value >= objective.target if objective.goal == MAXIMIZE else value <= objective.target
-    )
+    return value >= objective.target if objective.goal == MAXIMIZE else value <= objective.target
 
 
-def pareto_front(
-    objectives: Sequence[Objective], trials: Sequence[TrialState]
-) -> list[TrialState]:
+def pareto_front(objectives: Sequence[Objective], trials: Sequence[TrialState]) -> list[TrialState]:
     """Return the trials that no other trial beats in one objective without losing in another."""
     signs = [1 if objective.goal == MAXIMIZE else -1 for objective in objectives]
 

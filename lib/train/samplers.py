@@ -220,5 +220,3 @@ def _arguments(algorithm: Named, seed: int) -> tuple[dict[str, Any], int]:
 
 def _seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big")
-
-

@@ -22,6 +22,8 @@ NO_PLACE = "rayline_no_place"
 """In a report: why what must be kept could not be written. It has no metrics then."""
 REPORT = "rayline_report"
 """In a report: its number. One that is repeated after an interruption has the number it had."""
+ENDS = "rayline_ends"
+"""In a report: whether the trial ended by itself; Tune's `done` is also set by schedulers."""
 RUNG_COUNT = "rung_count"
 """In a report: the time that schedulers count in."""
 AT_RUNG = "at_rung"
@@ -108,9 +110,7 @@ class SweepTrial(tune.Trainable):
 
     # What follows is between this class and Tune.
 
-    def setup(
-        self, config: dict[str, Any], desk: Desk | None = None, shared: Any = None
-    ) -> None:
+    def setup(self, config: dict[str, Any], desk: Desk | None = None, shared: Any = None) -> None:
         """Prepare the process and begin the first configuration."""
         if desk is None:
             raise ValueError("a trial needs the desk of its sweep")
@@ -189,7 +189,7 @@ class SweepTrial(tune.Trainable):
         metrics = [objective.metric for objective in self._desk.objectives]
         missing = [name for name in metrics if name not in advanced]
         if missing and done and self._num_reports:
-            return {"done": True, AT_RUNG: False}
+            return {"done": True, ENDS: True, AT_RUNG: False}
         if missing:
             raise SearchError(f"the trial reported no {', '.join(missing)}")
         for name in metrics:
@@ -203,6 +203,7 @@ class SweepTrial(tune.Trainable):
             **advanced,
             "epoch": self._epoch,
             "done": done,
+            ENDS: done,
             REPORT: self._num_reports,
             AT_RUNG: self._epoch in rungs if rungs else True,
             RUNG_COUNT: (counts[passed - 1] if passed else 0) if rungs else self._epoch,

@@ -113,7 +113,8 @@ def examples(split: Split) -> Examples:
 def eager_latency_ms(trainer: Trainer) -> float:
     """Return the median time of one image through the net, in milliseconds."""
     config = trainer.model_config
-    image_NHWC = torch.zeros((1, *config.image_shape), dtype=torch.uint8, device=trainer.device)
+    shape = (1, config.height, config.width, config.channels)
+    image_NHWC = torch.zeros(shape, dtype=torch.uint8, device=trainer.device)
     taken_s = []
     trainer.net.eval()
     with torch.inference_mode():
