@@ -186,7 +186,7 @@ class SweepReport(tune.Callback):
 
 
 class Limits(tune.Stopper):
-    """Ends a sweep whose target is reached, of which too many trials failed, or that can't go on."""
+    """Ends a sweep at its target, after too many failures, or where it can't go on."""
 
     def __init__(self, progress: Progress, experiment: Experiment, report: SweepReport) -> None:
         self._progress = progress

@@ -23,11 +23,12 @@ from optuna.samplers import (
     TPESampler,
 )
 from optuna.storages import InMemoryStorage
+from optuna.study import StudyDirection
 from optuna.trial import TrialState as OptunaState
 from optuna.trial import create_trial
 
 from lib.errors import ConfigError
-from lib.train.experiment import Experiment, Named, Value
+from lib.train.experiment import MAXIMIZE, MINIMIZE, Experiment, Named, Value
 from lib.train.progress import FAILED, FINISHED, TrialState
 from lib.train.space import Space
 
@@ -39,6 +40,7 @@ ALIASES = {
 }
 """Katib's names of algorithms → the sampler; the last two are schedulers in the first place."""
 
+_DIRECTIONS = {MAXIMIZE: StudyDirection.MAXIMIZE, MINIMIZE: StudyDirection.MINIMIZE}
 _Setting = tuple[str, Callable[[Any], Any]]
 _STARTUP: dict[str, _Setting] = {"n_startup_trials": ("n_startup_trials", int)}
 SETTINGS: dict[str, dict[str, _Setting]] = {
@@ -76,7 +78,7 @@ class Study:
         self._study = optuna.create_study(
             storage=self._storage,
             sampler=self._sampler(0),
-            directions=[objective.goal for objective in experiment.objectives],
+            directions=[_DIRECTIONS[objective.goal] for objective in experiment.objectives],
         )
         self._study_id = self._storage.get_study_id_from_name(self._study.study_name)
 
@@ -149,7 +151,7 @@ class Study:
             # Said of Optuna's newer samplers; the version is pinned.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if self._name == "grid":
-                return GridSampler(self.space.indices(), seed=self._seed)
+                return _Grid(self.space.indices(), seed=self._seed)
             if self._name == "sobol":
                 return _Sobol(self.space, self._seed, independent)
             if self._name == "tpe":
@@ -169,6 +171,13 @@ class Study:
                     **self._arguments,
                 )
         return independent
+
+
+class _Grid(GridSampler):
+    """Optuna's, which would stop a loop that isn't there when the last point is told."""
+
+    def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+        pass
 
 
 class _Sobol(QMCSampler):

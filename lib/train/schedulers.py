@@ -79,7 +79,7 @@ class AtRungs(TrialScheduler):
         self._past = [trial for trial in progress.trials.values() if self._replay]
 
     @property
-    def metric(self) -> str | None:  # type: ignore[override]
+    def metric(self) -> str | None:
         """The metric that trials are compared by."""
         return self._inner.metric
 
@@ -188,7 +188,7 @@ def build_scheduler(
     """
     named = scheduler_of(experiment)
     arguments = _arguments(named)
-    common = {
+    common: dict[str, Any] = {
         "time_attr": RUNG_COUNT,
         "metric": experiment.objective.metric,
         "mode": "max" if experiment.objective.goal == MAXIMIZE else "min",
@@ -200,7 +200,7 @@ def build_scheduler(
                 raise ConfigError(f"{named.name}: {', '.join(sorted(own))} follow from the rungs "
                                   "of these trials; leave them out")  # fmt: skip
             arguments["max_t"] = _factor(named) ** (num_rungs - 1)
-        kind = ASHAScheduler if named.name == "asha" else HyperBandScheduler
+        kind: Any = ASHAScheduler if named.name == "asha" else HyperBandScheduler
         inner = kind(**common, **{"reduction_factor": REDUCTION_FACTOR, **arguments})
     elif named.name == "medianstopping":
         inner = MedianStoppingRule(**common, **{"grace_period": 1, **arguments})
@@ -250,7 +250,7 @@ def _mutations(parameters: Sequence[Parameter]) -> dict[str, Any]:
         if parameter.values or parameter.step or parameter.kind == INT:
             found[parameter.name] = list(grid_values(parameter))
             continue
-        low, high = parameter.low, parameter.high
+        low, high = float(parameter.low or 0.0), float(parameter.high or 0.0)
         log = parameter.distribution in (LOG_UNIFORM, LOG_NORMAL)
         found[parameter.name] = (tune.loguniform if log else tune.uniform)(low, high)
     return found

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -126,8 +126,15 @@ def run_sweep(
     return _run(settings, storage, sweep, experiment, work)
 
 
-def resume_sweep(settings: Settings, storage: Storage, sweep_run_id: str) -> SweepResult:
+def resume_sweep(
+    settings: Settings,
+    storage: Storage,
+    sweep_run_id: str,
+    work_of: Callable[[Storage, Experiment, str, Mapping[str, Any]], Work] = work_of,
+) -> SweepResult:
     """Go on with a sweep whose driver ended before it did, or whose record is incomplete.
+
+    `work_of` makes the work from its kind and spec.
 
     Raises what `run_sweep` raises, and SearchError if there is no such sweep, it is running, or it
     was asked never to be resumed.

@@ -32,7 +32,7 @@ class StudySearcher(Searcher):
         self.running: Sequence[TuneTrial] = ()
         """Tune's trials that run or wait to."""
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         """Return the configuration of the next trial, None for not now, or that there is none."""
         if len(self.running) >= self._limit:
             return None

@@ -82,7 +82,7 @@ class SweepTrial(tune.Trainable):
     FIXED: ClassVar[frozenset[str]] = frozenset()
     """Parameters that can't change within a trial; population-based training leaves them alone."""
 
-    def prepare(self, **shared: Any) -> None:
+    def prepare(self, *args: Any, **shared: Any) -> None:
         """Get ready for the first configuration."""
 
     def begin(self, params: Mapping[str, Any]) -> None:
@@ -115,6 +115,7 @@ class SweepTrial(tune.Trainable):
         if desk is None:
             raise ValueError("a trial needs the desk of its sweep")
         self._desk = desk
+        self._kept: dict[str, Any] | None = None
         self.prepare(**(shared or {}))
         self._begin(config)
 
@@ -164,7 +165,7 @@ class SweepTrial(tune.Trainable):
 
     def _begin(self, config: Mapping[str, Any]) -> None:
         self._failure: str | None = None
-        self._kept: dict[str, Any] | None = None
+        self._kept = None
         self._num_reports = self._epoch = 0
         self._best: float | None = None
         params = {name: value for name, value in config.items() if name != RESUME}

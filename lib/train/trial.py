@@ -53,7 +53,7 @@ class Trial(SweepTrial):
     def begin(self, params: Mapping[str, Any]) -> None:
         """Build the net."""
         self._trainer = self._build(params)
-        self._constants = {"num_parameters": self._trainer.net.num_parameters()}
+        self._constants: dict[str, float] = {"num_parameters": self._trainer.net.num_parameters()}
         if self._measure_latency:
             self._constants[EAGER_LATENCY_MS] = eager_latency_ms(self._trainer)
 

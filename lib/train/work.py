@@ -86,7 +86,9 @@ def image_work(
 def work_of(storage: Storage, experiment: Experiment, kind: str, spec: Mapping[str, Any]) -> Work:
     """Return the work of a sweep that is resumed."""
     if kind == IMAGES:
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["preset"].items()}
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in spec["preset"].items()
+        }
         manifest = load_manifest(storage, spec["data_digest"])
         return image_work(storage, manifest, Preset(**fields), experiment)
     raise SearchError(f"trials of kind {kind!r} can't be resumed by this version")
