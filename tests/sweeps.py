@@ -1,6 +1,6 @@
 """A sweep that costs next to nothing, and a driver of it that a test can kill.
 
-python -m tests.sweeps STORAGE MLFLOW_URI RAY_ADDRESS SAMPLER   (RAY_ADDRESS `local`: one of its own)
+python -m tests.sweeps STORAGE MLFLOW_URI RAY_ADDRESS SAMPLER  (`local`: a Ray of its own)
 """
 
 from __future__ import annotations
