@@ -230,10 +230,10 @@ class _Session:
             say("tune", resources.describe())
             shared = work.shared(resources)
             warm.result()
-        limit = math.inf if resources.cpus or resources.gpus else resources.num_parallel
-        searcher = StudySearcher(
-            self._study, progress, min(limit, experiment.num_parallel or limit)
-        )
+        # One more than there is room for, where resources keep it waiting: no slot is ever idle.
+        limit = resources.num_parallel + bool(resources.cpus or resources.gpus)
+        limit = min(limit, experiment.num_parallel or limit)
+        searcher = StudySearcher(self._study, progress, limit)
         report = SweepReport(progress, self._study, searcher, experiment)
         limits = Limits(progress, experiment, report)
         left_s = budget_s - (time.monotonic() - start_s)
@@ -259,6 +259,8 @@ class _Session:
         left_s: float,
     ) -> None:
         _quiet_tune()
+        # Else Tune starts the first processes one after the other.
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(resources.num_parallel)
         work, storage = self._work, self._storage
         trainable = tune.with_parameters(work.trainable, desk=self._desk, shared=dict(shared))
         tuner = tune.Tuner(

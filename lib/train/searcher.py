@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +19,10 @@ class StudySearcher(Searcher):
     Args:
         study: The sampler, which knows of all trials asked for before.
         progress: The sweep.
-        limit: Trials at a time, where resources set no limit.
+        limit: Trials that run or wait to, at most.
     """
 
-    def __init__(self, study: Study, progress: Progress, limit: float = math.inf) -> None:
+    def __init__(self, study: Study, progress: Progress, limit: int) -> None:
         super().__init__(metric=None, mode=None)
         self._study = study
         self._progress = progress
