@@ -82,6 +82,8 @@ def tiny_work(storage: Storage, *ignored: Any) -> Work:
 
 
 def main(storage_uri: str, mlflow_uri: str, ray_address: str, sampler: str) -> None:
+    """Run one sweep."""
+    everywhere = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}}
     if ray_address == "local":
         ray.init(
             address="local",
@@ -90,10 +92,16 @@ def main(storage_uri: str, mlflow_uri: str, ray_address: str, sampler: str) -> N
             include_dashboard=False,
             logging_level="warning",
             log_to_driver=False,
+            runtime_env=everywhere,
             _temp_dir=os.environ["TINY_RAY_DIR"],
         )
     else:
-        ray.init(address=ray_address, logging_level="warning", log_to_driver=False)
+        ray.init(
+            address=ray_address,
+            logging_level="warning",
+            log_to_driver=False,
+            runtime_env=everywhere,
+        )
     storage = Storage(storage_uri)
     settings = Settings(storage=storage_uri, mlflow_uri=mlflow_uri, model="tiny")
     result = run_sweep(settings, storage, tiny_experiment(sampler), tiny_work(storage))
@@ -101,4 +109,7 @@ def main(storage_uri: str, mlflow_uri: str, ray_address: str, sampler: str) -> N
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    # Of the module that trials import too, not of `__main__`.
+    from tests.sweeps import main as run
+
+    run(*sys.argv[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def trial_resources(gpus_per_trial: float) -> TrialResources:
     )
 
 
-def warm_up(num_processes: int, trainable: type[tune.Trainable]) -> None:
+def warm_up(num_processes: int, trainable: type[tune.Trainable]) -> list[int]:
     """Start processes that have imported what trials need, for Tune to take over.
 
     An import of PyTorch takes seconds, which pass while the data is read.
@@ -59,14 +60,14 @@ def warm_up(num_processes: int, trainable: type[tune.Trainable]) -> None:
     # A process is taken over by what asks for the same environment; this is Tune's.
     alike = {"env_vars": {"PL_DISABLE_FORK": "1"}}
     start = ray.remote(num_cpus=0, runtime_env=alike)(_import)
-    ray.get([start.remote(trainable) for _ in range(num_processes)])
+    return ray.get([start.remote(trainable) for _ in range(num_processes)])
 
 
-def _import(trainable: type[tune.Trainable]) -> str:
+def _import(trainable: type[tune.Trainable]) -> int:
     # By reference: it is imported where this runs. A moment later the other tasks have a process
     # each of their own.
     time.sleep(0.5)
-    return trainable.__name__
+    return os.getpid()
 
 
 def _settled_resources() -> Mapping[str, float]:

@@ -76,6 +76,7 @@ class AtRungs(TrialScheduler):
         self._inner = inner
         self._progress = progress
         self._replay = name in _REPLAYED
+        self._shown: set[str] = set()
         self._past = [trial for trial in progress.trials.values() if self._replay]
 
     @property
@@ -100,8 +101,10 @@ class AtRungs(TrialScheduler):
                 self._show(tune_controller, _Past(state), state, over=True)
         self._inner.on_trial_add(tune_controller, trial)
         mine = self._progress.of_attempt(trial.trial_id)
-        if self._replay and mine and mine.rungs:
+        # A trial whose process died is added again, and was seen before.
+        if self._replay and mine and trial.trial_id not in self._shown:
             self._show(tune_controller, trial, mine, over=False)
+        self._shown.add(trial.trial_id)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Decide at a rung."""

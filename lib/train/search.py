@@ -70,6 +70,7 @@ class SweepResult:
     """What a sweep found; all of it is in MLflow too."""
 
     sweep_run_id: str
+    data_digest: str | None
     trials: tuple[TrialResult, ...]
     """Best first."""
     pareto: tuple[TrialResult, ...]
@@ -85,6 +86,7 @@ class SweepResult:
         """Return the result as a job prints it."""
         return {
             "sweep_run_id": self.sweep_run_id,
+            "data_digest": self.data_digest,
             "trials": len(self.trials),
             "failed_trials": self.num_failed,
             "best": self.trials[0].summary(),
@@ -229,7 +231,7 @@ class _Session:
             warm = pool.submit(warm_up, resources.num_parallel, work.trainable)
             say("tune", resources.describe())
             shared = work.shared(resources)
-            warm.result()
+            print("WARM", warm.result(), time.monotonic() - start_s)
         # One more than there is room for, where resources keep it waiting: no slot is ever idle.
         limit = resources.num_parallel + bool(resources.cpus or resources.gpus)
         limit = min(limit, experiment.num_parallel or limit)
@@ -325,6 +327,7 @@ class _Session:
         by_number = {trial.number: _result(experiment, trial) for trial in ranked}
         return SweepResult(
             sweep_run_id=sweep.run_id,
+            data_digest=self._work.manifest.digest if self._work.manifest else None,
             trials=tuple(by_number.values()),
             pareto=tuple(by_number[trial.number] for trial in front),
             num_failed=progress.num_failed,

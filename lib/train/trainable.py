@@ -52,6 +52,19 @@ class Desk:
         return f"{self.folder}/{attempt}/{name}"
 
 
+@dataclass(kw_only=True, slots=True)
+class _Standing:
+    """How the trial of a process stands. In one place, for subclasses have names of their own."""
+
+    failure: str | None = None
+    kept: dict[str, Any] | None = None
+    """A report that is to be given again: it may never have reached the sweep."""
+    num_reports: int = 0
+    epoch: int = 0
+    best: float | None = None
+    """First objective of the best report."""
+
+
 class SweepTrial(tune.Trainable):
     """Base of all that a sweep can run: one configuration after the other in the same process.
 
@@ -115,16 +128,15 @@ class SweepTrial(tune.Trainable):
         if desk is None:
             raise ValueError("a trial needs the desk of its sweep")
         self._desk = desk
-        self._kept: dict[str, Any] | None = None
         self.prepare(**(shared or {}))
         self._begin(config)
 
     def step(self) -> dict[str, Any]:
         """Return one report, kept durably before Tune sees it."""
-        if self._failure:
-            return {FAILED: self._failure, "done": True}
-        if self._kept:  # It was kept, but may never have reached the sweep.
-            report, self._kept = self._kept, None
+        if self._standing.failure:
+            return {FAILED: self._standing.failure, "done": True}
+        if self._standing.kept:
+            report, self._standing.kept = self._standing.kept, None
             return report
         try:
             report = self._complete(self.advance())
@@ -151,7 +163,9 @@ class SweepTrial(tune.Trainable):
         """Write what a scheduler needs that pauses trials or clones them."""
         content = self.state()
         if content is not None:
-            (Path(checkpoint_dir) / _STATE).write_bytes(pack({"epoch": self._epoch}, content))
+            (Path(checkpoint_dir) / _STATE).write_bytes(
+                pack({"epoch": self._standing.epoch}, content)
+            )
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
         """Go on from what `save_checkpoint` wrote, of this trial or of another one."""
@@ -159,23 +173,23 @@ class SweepTrial(tune.Trainable):
         if not file.exists():
             return
         head, content = unpack(file.read_bytes())
-        self._kept = None
-        self._epoch = int(head["epoch"])
+        self._standing.kept = None
+        self._standing.epoch = int(head["epoch"])
         self._guarded(lambda: self.load(content))
 
     def _begin(self, config: Mapping[str, Any]) -> None:
-        self._failure: str | None = None
-        self._kept = None
-        self._num_reports = self._epoch = 0
-        self._best: float | None = None
+        self._standing = _Standing()
         params = {name: value for name, value in config.items() if name != RESUME}
         self._guarded(lambda: self.begin(params))
         for attempt in (self.trial_id, config.get(RESUME)):
             path = self._desk.file(str(attempt), _STATE)
-            if attempt and not self._failure and self._desk.storage.exists(path):
+            if attempt and not self._standing.failure and self._desk.storage.exists(path):
                 head, content = unpack(self._desk.storage.read(path))
-                self._kept, self._best = head["report"], head["best"]
-                self._num_reports, self._epoch = head["report"][REPORT], head["report"]["epoch"]
+                self._standing.kept, self._standing.best = head["report"], head["best"]
+                self._standing.num_reports, self._standing.epoch = (
+                    head["report"][REPORT],
+                    head["report"]["epoch"],
+                )
                 self._guarded(partial(self.load, content))
                 return
 
@@ -183,31 +197,31 @@ class SweepTrial(tune.Trainable):
         try:
             work()
         except Exception as error:
-            self._failure = described(error)
+            self._standing.failure = described(error)
 
     def _complete(self, advanced: Mapping[str, Any]) -> dict[str, Any]:
         done = bool(advanced.get("done", False))
         metrics = [objective.metric for objective in self._desk.objectives]
         missing = [name for name in metrics if name not in advanced]
-        if missing and done and self._num_reports:
+        if missing and done and self._standing.num_reports:
             return {"done": True, ENDS: True, AT_RUNG: False}
         if missing:
             raise SearchError(f"the trial reported no {', '.join(missing)}")
         for name in metrics:
             if not math.isfinite(advanced[name]):
                 raise SearchError(f"the trial reported {name} = {advanced[name]}")
-        self._num_reports += 1
-        self._epoch = int(advanced.get("epoch", self._epoch + 1))
+        self._standing.num_reports += 1
+        self._standing.epoch = int(advanced.get("epoch", self._standing.epoch + 1))
         rungs, counts = self._desk.rungs, self._desk.rung_counts
-        passed = sum(self._epoch >= rung for rung in rungs)
+        passed = sum(self._standing.epoch >= rung for rung in rungs)
         return {
             **advanced,
-            "epoch": self._epoch,
+            "epoch": self._standing.epoch,
             "done": done,
             ENDS: done,
-            REPORT: self._num_reports,
-            AT_RUNG: self._epoch in rungs if rungs else True,
-            RUNG_COUNT: (counts[passed - 1] if passed else 0) if rungs else self._epoch,
+            REPORT: self._standing.num_reports,
+            AT_RUNG: self._standing.epoch in rungs if rungs else True,
+            RUNG_COUNT: (counts[passed - 1] if passed else 0) if rungs else self._standing.epoch,
         }
 
     def _keep(self, report: Mapping[str, Any]) -> None:
@@ -216,14 +230,14 @@ class SweepTrial(tune.Trainable):
         objective = self._desk.objectives[0]
         value = float(report[objective.metric])
         sign = 1 if objective.goal == MAXIMIZE else -1
-        is_best = self._best is None or sign * value > sign * self._best
-        self._best = value if is_best else self._best
+        is_best = self._standing.best is None or sign * value > sign * self._standing.best
+        self._standing.best = value if is_best else self._standing.best
         write = self._desk.storage.write
         for name, content in self.artifacts(is_best).items():
             write(self._desk.file(self.trial_id, name), content)
         state = None if report["done"] else self.state()
         if state is not None:
-            head = {"report": dict(report), "best": self._best}
+            head = {"report": dict(report), "best": self._standing.best}
             write(self._desk.file(self.trial_id, _STATE), pack(head, state))
 
 

@@ -37,7 +37,7 @@ from tests.bench.report import (
     turns,
 )
 
-EPOCHS = 2
+EPOCHS = 3
 PRESET = Preset(
     name="bench",
     num_trials=16,

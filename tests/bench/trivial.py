@@ -98,7 +98,8 @@ def function_seconds(folder: Path) -> float:
 
 def main(storage_uri: str, mlflow_uri: str, num_trials: str) -> None:
     """Run one sweep on the running Ray; print its seconds and this process's memory meanwhile."""
-    ray.init(logging_level="warning", log_to_driver=False)
+    everywhere = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}
+    ray.init(logging_level="warning", log_to_driver=False, runtime_env=everywhere)
     storage = Storage(storage_uri)
     settings = Settings(storage=storage_uri, mlflow_uri=mlflow_uri, model="trivial")
     samples: list[tuple[int, float]] = []
@@ -120,4 +121,7 @@ def main(storage_uri: str, mlflow_uri: str, num_trials: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    # Of the module that trials import too, not of `__main__`.
+    from tests.bench.trivial import main as run
+
+    run(*sys.argv[1:])
