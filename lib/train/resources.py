@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ray
-
-from lib.config import Preset
+from ray import tune
 
 _SETTLE_S = 2.0
 
@@ -39,7 +39,7 @@ class TrialResources:
         return f"{trials} at a time, each on {self.cpus:g} CPU{gpu}{note}"
 
 
-def trial_resources(preset: Preset) -> TrialResources:
+def trial_resources(gpus_per_trial: float) -> TrialResources:
     """Share what is free now among trials, so that a sweep starts at once beside serving."""
     free = _settled_resources()
     num_nodes = sum(1 for node in ray.nodes() if node["Alive"])
@@ -48,8 +48,26 @@ def trial_resources(preset: Preset) -> TrialResources:
         free_cpus=free.get("CPU", 0.0),
         free_gpus=free.get("GPU", 0.0) if has_gpus else 0.0,
         num_nodes=max(1, num_nodes),
-        gpus_per_trial=preset.gpus_per_trial,
+        gpus_per_trial=gpus_per_trial,
     )
+
+
+def warm_up(num_processes: int, trainable: type[tune.Trainable]) -> list[int]:
+    """Start processes that have imported what trials need, for Tune to take over.
+
+    An import of PyTorch takes seconds, which pass while the data is read.
+    """
+    # A process is taken over by what asks for the same environment; this is Tune's.
+    alike = {"env_vars": {"PL_DISABLE_FORK": "1"}}
+    start = ray.remote(num_cpus=0, runtime_env=alike)(_import)
+    return ray.get([start.remote(trainable) for _ in range(num_processes)])
+
+
+def _import(trainable: type[tune.Trainable]) -> int:
+    # By reference: it is imported where this runs. A moment later the other tasks have a process
+    # each of their own.
+    time.sleep(0.5)
+    return os.getpid()
 
 
 def _settled_resources() -> Mapping[str, float]:
