@@ -89,7 +89,7 @@ def export(
     shape = example_NHWC.shape[1:]
     with torch.no_grad():
         num_classes = served(torch.from_numpy(example_NHWC)).shape[1]
-    with _quiet():
+    with quiet():
         mlflow.pytorch.save_model(
             served,
             str(folder),
@@ -125,7 +125,7 @@ def check_equal(
     with the runtime that happens to serve it.
     """
     onnx_NK = predict_all(OnnxPredictor(exported.onnx_file), images_NHWC)
-    with _quiet():
+    with quiet():
         module = torch.export.load(exported.pt2_file).module()
     differing, largest = 0, 0.0
     for start in range(0, len(images_NHWC), EVALUATION_BATCH):
@@ -146,7 +146,7 @@ def check_equal(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what the exporters say about every model and nobody can act on."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
     levels = [logger.level for logger in loggers]

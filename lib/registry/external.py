@@ -35,7 +35,7 @@ from lib.registry.adapter import (
     read_signature,
 )
 from lib.registry.convert import Converted, convert
-from lib.registry.export import Exported
+from lib.registry.export import Exported, quiet
 from lib.registry.models import Origin
 from lib.registry.server import download
 from lib.registry.session import Session, one_line
@@ -138,21 +138,22 @@ def save(
     understood: Understood, external: External, manifest: Manifest, owner: str | None, folder: Path
 ) -> Exported:
     """Write MLflow's model folder, which MLflow alone can load."""
-    mlflow.onnx.save_model(
-        understood.onnx,
-        str(folder),
-        mlflow_model=Model(),
-        signature=ModelSignature(
-            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *manifest.shape))]),
-            outputs=Schema(
-                [TensorSpec(np.dtype(np.float32), (-1, manifest.num_classes), "probabilities")]
+    with quiet():
+        mlflow.onnx.save_model(
+            understood.onnx,
+            str(folder),
+            mlflow_model=Model(),
+            signature=ModelSignature(
+                inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *manifest.shape))]),
+                outputs=Schema(
+                    [TensorSpec(np.dtype(np.float32), (-1, manifest.num_classes), "probabilities")]
+                ),
             ),
-        ),
-        pip_requirements=[
-            f"{name}=={version(name)}" for name in ("mlflow", "onnx", "onnxruntime", "numpy")
-        ],
-        save_as_external_data=False,
-    )
+            pip_requirements=[
+                f"{name}=={version(name)}" for name in ("mlflow", "onnx", "onnxruntime", "numpy")
+            ],
+            save_as_external_data=False,
+        )
     return Exported(
         folder=folder,
         origin=Origin(

@@ -110,6 +110,12 @@ def _load(file: Path, version: Version) -> dict[str, Any]:
             f"the checkpoint of run {version.run_id} can't be loaded ({error}), so there is "
             "nothing to compare with"
         ) from error
+    if content.get("inherited"):
+        raise RefusedError(
+            f"the trial of version {version.version} went on from weights of another one "
+            "(population-based training), so its configuration alone does not lead to its own; "
+            "reproduce a version of another kind of sweep"
+        )
     if not content.get("environment"):
         progress("reproduce", "WARNING: no environment was recorded; one thread on a CPU is taken")
     return {"environment": {}, **content}

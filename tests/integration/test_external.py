@@ -39,6 +39,11 @@ from lib.serving.predictor import load_predictor
 from lib.storage import Storage
 from tests.data_sources import idx_files, write_files
 
+# What MLflow and torch say when owners log models, and when it loads its own modules.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred"),
+    pytest.mark.filterwarnings("ignore:No complete tensor found"),
+]
 PIXELS = 28 * 28
 FLOAT_NCHW = (-1, 1, 28, 28)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
@@ -18,6 +19,8 @@ import jobs.reproduce
 from lib import provenance
 from lib.config import Preset, Settings
 from lib.data.ingest import ingest
+from lib.data.loader import read_splits
+from lib.data.manifest import load_manifest
 from lib.errors import DataError, RefusedError
 from lib.registry import reproduce as module
 from lib.registry.baseline import baseline_path
@@ -27,6 +30,7 @@ from lib.registry.reproduce import How, reproduce
 from lib.registry.verdict import DIFFERS, IDENTICAL, WITHIN_NOISE
 from lib.storage import Storage
 from lib.train.search import run_sweep
+from lib.train.trial import Trial
 from tests.data_sources import idx_files, write_files
 
 PROJECT = Path(__file__).parents[2]
@@ -184,6 +188,36 @@ def test_what_is_not_on_record_is_refused_with_the_way_out(
         again(recorded, replace(version, sweep_run_id=version.run_id))
     with pytest.raises(RefusedError, match="no git checkout"):
         reproduce(recorded.settings, recorded.storage, version, root=tmp_path, how=How())
+
+
+def test_weights_of_another_trial_are_no_result_of_a_configuration(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = load_manifest(recorded.storage, recorded.version.data_digest)
+    splits = read_splits(recorded.storage, manifest, ["train", "val"])
+    trial = Trial.__new__(Trial)
+    params = {"stage_width": 8, "depth": 1, "weight_decay": 5e-4, "label_smoothing": 0.1}
+
+    def checkpoint(name: str, learning_rate: float, start: Path | None) -> Path:
+        config = {**params, "augmentation": 0.5, "learning_rate": learning_rate}
+        trial.setup(config, manifest=manifest, splits=splits, rungs=(2,))
+        if start:
+            trial.load_checkpoint(str(start))
+        (tmp_path / name).mkdir()
+        trial.save_checkpoint(str(tmp_path / name))
+        return tmp_path / name
+
+    own = checkpoint("own", 0.1, None)
+    resumed = checkpoint("resumed", 0.1, own)
+    child = checkpoint("child", 0.2, own)
+    grandchild = checkpoint("grandchild", 0.2, child)
+    files = [folder / "model.pt" for folder in (own, resumed, child, grandchild)]
+    inherited = [torch.load(file, weights_only=True)["inherited"] for file in files]
+    assert inherited == [False, False, True, True]
+
+    monkeypatch.setattr(module, "download", lambda *_: files[2])
+    with pytest.raises(RefusedError, match="population-based training"):
+        again(recorded)
 
 
 def test_a_changed_pixel_is_found_before_anything_is_trained(recorded: Recorded) -> None:
