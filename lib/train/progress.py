@@ -99,7 +99,8 @@ class Progress:
         if kind == SESSION:
             self._sessions.append((event["time_ms"], event["time_ms"]))
             return
-        self._sessions[-1] = (self._sessions[-1][0], event["time_ms"])
+        if kind not in (RUN, RECORDED):  # The search does not wait for these.
+            self._sessions[-1] = (self._sessions[-1][0], event["time_ms"])
         if kind == CLOSED:
             self.closed = True
             return

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ray
-from ray import tune
 
 _SETTLE_S = 2.0
 
@@ -50,24 +48,6 @@ def trial_resources(gpus_per_trial: float) -> TrialResources:
         num_nodes=max(1, num_nodes),
         gpus_per_trial=gpus_per_trial,
     )
-
-
-def warm_up(num_processes: int, trainable: type[tune.Trainable]) -> list[int]:
-    """Start processes that have imported what trials need, for Tune to take over.
-
-    An import of PyTorch takes seconds, which pass while the data is read.
-    """
-    # A process is taken over by what asks for the same environment; this is Tune's.
-    alike = {"env_vars": {"PL_DISABLE_FORK": "1"}}
-    start = ray.remote(num_cpus=0, runtime_env=alike)(_import)
-    return ray.get([start.remote(trainable) for _ in range(num_processes)])
-
-
-def _import(trainable: type[tune.Trainable]) -> int:
-    # By reference: it is imported where this runs. A moment later the other tasks have a process
-    # each of their own.
-    time.sleep(0.5)
-    return os.getpid()
 
 
 def _settled_resources() -> Mapping[str, float]:

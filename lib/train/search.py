@@ -13,7 +13,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +29,7 @@ from lib.train.feed import Feed
 from lib.train.journal import Journal
 from lib.train.progress import CLOSED, SESSION, Progress, TrialState, pareto_front
 from lib.train.report import Limits, SweepReport
-from lib.train.resources import TrialResources, trial_resources, warm_up
+from lib.train.resources import TrialResources, trial_resources
 from lib.train.samplers import Study, sampler_name
 from lib.train.schedulers import build_scheduler, rung_counts, scheduler_of
 from lib.train.searcher import StudySearcher
@@ -226,12 +225,9 @@ class _Session:
         """Run trials until all have ended or a limit is met."""
         experiment, work, progress = self._experiment, self._work, self._progress
         start_s = time.monotonic()
-        with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as pool:
-            resources = trial_resources(work.gpus_per_trial)
-            warm = pool.submit(warm_up, resources.num_parallel, work.trainable)
-            say("tune", resources.describe())
-            shared = work.shared(resources)
-            print("WARM", warm.result(), time.monotonic() - start_s)
+        resources = trial_resources(work.gpus_per_trial)
+        say("tune", resources.describe())
+        shared = work.shared(resources)
         # One more than there is room for, where resources keep it waiting: no slot is ever idle.
         limit = resources.num_parallel + bool(resources.cpus or resources.gpus)
         limit = min(limit, experiment.num_parallel or limit)
