@@ -105,15 +105,15 @@ def search_space(preset: Preset) -> dict[str, BaseDistribution]:
     return {
         "stage_width": CategoricalDistribution(preset.widths),
         "depth": CategoricalDistribution(preset.depths),
-        "learning_rate": FloatDistribution(0.03, 0.3, log=True),
+        "learning_rate": FloatDistribution(*preset.learning_rates, log=True),
         "weight_decay": FloatDistribution(1e-4, 2e-3, log=True),
         "label_smoothing": FloatDistribution(0.0, 0.15, step=0.05),
-        "augmentation": FloatDistribution(0.0, 1.0, step=0.25),
+        "augmentation": FloatDistribution(*preset.augmentations, step=0.25),
     }
 
 
 def first_guess(preset: Preset) -> dict[str, Any]:
-    """Return the configuration that every sweep tries first: known to train well."""
+    """Return the configuration that a sweep tries first unless its preset knows better."""
     return {
         "stage_width": max(preset.widths),
         "depth": min(preset.depths),
@@ -184,7 +184,9 @@ def _searcher(preset: Preset) -> OptunaSearch:
         search_space(preset),
         metric=METRIC,
         mode="max",
-        points_to_evaluate=[first_guess(preset)],
+        points_to_evaluate=[
+            {**first_guess(preset), **guess} for guess in preset.first_guesses or ({},)
+        ],
         sampler=TPESampler(seed=preset.seed, n_startup_trials=max(3, preset.num_trials // 4)),
     )
 

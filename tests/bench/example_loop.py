@@ -57,7 +57,9 @@ def main(folder: str, num_threads: int, max_epochs: int, target: float, num_batc
     transform = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
     )
-    train, test = (datasets.MNIST(folder, train=part, transform=transform) for part in (True, False))
+    train, test = (
+        datasets.MNIST(folder, train=part, transform=transform) for part in (True, False)
+    )
     loader: Any = DataLoader(train, batch_size=64)
     net = Net()
     optimizer = torch.optim.Adadelta(net.parameters(), lr=1.0)
