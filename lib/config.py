@@ -73,6 +73,8 @@ class Preset:
     """Channels of the first stage."""
     depths: tuple[int, ...]
     """Convolutions per stage."""
+    growths: tuple[int, ...] = (4,)
+    """Channels of the widest stage, as a multiple of the first one's."""
     learning_rates: tuple[float, float] = (0.03, 0.3)
     """Lowest and highest peak of the learning rate, searched on a logarithmic scale."""
     augmentations: tuple[float, float] = (0.0, 1.0)

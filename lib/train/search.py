@@ -105,6 +105,7 @@ def search_space(preset: Preset) -> dict[str, BaseDistribution]:
     return {
         "stage_width": CategoricalDistribution(preset.widths),
         "depth": CategoricalDistribution(preset.depths),
+        "growth": CategoricalDistribution(preset.growths),
         "learning_rate": FloatDistribution(*preset.learning_rates, log=True),
         "weight_decay": FloatDistribution(1e-4, 2e-3, log=True),
         "label_smoothing": FloatDistribution(0.0, 0.15, step=0.05),
@@ -117,6 +118,7 @@ def first_guess(preset: Preset) -> dict[str, Any]:
     return {
         "stage_width": max(preset.widths),
         "depth": min(preset.depths),
+        "growth": max(preset.growths),
         "learning_rate": 0.1,
         "weight_decay": 5e-4,
         "label_smoothing": 0.1,

@@ -81,7 +81,10 @@ class Trial(tune.Trainable):
     def _build(self, config: Mapping[str, Any]) -> Trainer:
         return Trainer(
             ModelConfig.from_manifest(
-                self._manifest, stage_width=config["stage_width"], depth=config["depth"]
+                self._manifest,
+                stage_width=config["stage_width"],
+                depth=config["depth"],
+                growth=config["growth"],
             ),
             train_config(config, rungs=self._rungs, seed=self._seed),
             train=self._examples["train"],

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from lib.config import PRESETS, Preset
 from lib.train.model import ConvNet, ModelConfig
 
 
-def num_parameters(stage_width: int, depth: int) -> int:
+def num_parameters(stage_width: int, depth: int, growth: int) -> int:
     """Of the net for MNIST."""
     model = ModelConfig(
         height=28,
@@ -15,6 +17,7 @@ def num_parameters(stage_width: int, depth: int) -> int:
         num_classes=10,
         stage_width=stage_width,
         depth=depth,
+        growth=growth,
         pixel_mean=(0.13,),
         pixel_std=(0.31,),
     )
@@ -26,6 +29,7 @@ def test_first_guesses_lie_in_the_space_that_is_searched(preset: Preset) -> None
     allowed = {
         "stage_width": lambda value: value in preset.widths,
         "depth": lambda value: value in preset.depths,
+        "growth": lambda value: value in preset.growths,
         "learning_rate": lambda v: preset.learning_rates[0] <= v <= preset.learning_rates[1],
         "augmentation": lambda v: preset.augmentations[0] <= v <= preset.augmentations[1],
         "weight_decay": lambda value: 1e-4 <= value <= 2e-3,
@@ -38,10 +42,12 @@ def test_first_guesses_lie_in_the_space_that_is_searched(preset: Preset) -> None
 
 def test_full_trains_large_and_tiny_nets_first_and_none_of_half_a_million_parameters() -> None:
     full = PRESETS["full"]
-    sizes = [num_parameters(w, d) for w in full.widths for d in full.depths]
+    sizes = [
+        num_parameters(*net) for net in itertools.product(full.widths, full.depths, full.growths)
+    ]
     assert max(sizes) < 500_000
     guesses = [
-        num_parameters(int(guess["stage_width"]), int(guess["depth"]))
+        num_parameters(int(guess["stage_width"]), int(guess["depth"]), int(guess["growth"]))
         for guess in full.first_guesses
     ]
     assert guesses[0] > 100_000
