@@ -36,10 +36,10 @@ class CommandTrial(SweepTrial):
     program can't be gone on with: an interrupted trial starts again.
     """
 
-    def prepare(self, *, template: CommandTemplate, experiment: str, **_: Any) -> None:
-        """Keep what all trials run."""
-        self._template = template
-        self._experiment = experiment
+    def prepare(self, **shared: Any) -> None:
+        """Keep what all trials run: the `template`, and the name of the `experiment`."""
+        self._template: CommandTemplate = shared["template"]
+        self._experiment: str = shared["experiment"]
         # Tune has changed into the trial's folder; paths in the command are meant from here.
         self._cwd = os.environ.get("TUNE_ORIG_WORKING_DIR") or os.getcwd()
         self._folder: Path | None = None

@@ -288,7 +288,7 @@ def _hyperband_rungs(experiment: Experiment) -> tuple[Experiment, tuple[int, ...
 
 
 def _pbt(experiment: Experiment) -> Experiment:
-    """Return the experiment with its population as its trials: each lives through all generations."""
+    """Return the experiment with its population as its trials, which live through generations."""
     settings = dict(experiment.algorithm.settings)
     settings.pop("suggestion_trial_dir", None)  # Rayline's trials have their checkpoints already.
     population = min(

@@ -134,7 +134,7 @@ class FileSystemPath(FileModel):
 
 
 class Filter(FileModel):
-    """How a line names metrics: regular expressions with a group for the name and one for the value."""
+    """How a line names metrics: regular expressions with two groups, name and value."""
 
     metrics_format: list[_Text] = []
 
@@ -278,7 +278,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_file(text: str, name: str) -> KatibExperiment:
-    """Return the experiment of a YAML file; raise ConfigError that names what is not as it must be."""
+    """Return the experiment of a YAML text; raise ConfigError naming what is at fault."""
     try:
         documents = [document for document in yaml.load_all(text, _Loader) if document is not None]
     except yaml.YAMLError as error:
@@ -295,8 +295,10 @@ def parse(model: type[_Model], content: Any, name: str, prefix: str = "") -> _Mo
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        faults = "; ".join(_fault(prefix, dict(fault)) for fault in error.errors())
-        raise ConfigError(f"{name}: {faults}") from error
+        faults = [_fault(prefix, dict(fault)) for fault in error.errors()]
+        # What can't be honoured first: a missing field is often what stands in its place.
+        faults.sort(key=lambda fault: "is refused" not in fault)
+        raise ConfigError(f"{name}: {'; '.join(faults)}") from error
 
 
 def _fault(prefix: str, fault: Mapping[str, Any]) -> str:
