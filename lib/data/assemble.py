@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,7 +116,7 @@ def build_manifest(
     border_sum = sum(result.border_sum for result in results)
     border_count = max(1, sum(result.border_count for result in results))
     return Manifest(
-        digest=_digest(opened.shape, opened.class_names, split_digests),
+        digest=set_digest(opened.shape, opened.class_names, split_digests),
         source=source.name,
         source_digests=dict(source.digests),
         height=opened.shape[0],
@@ -140,11 +140,12 @@ def build_manifest(
     )
 
 
-def _digest(shape: Shape, class_names: Sequence[str], split_digests: dict[str, str]) -> str:
+def set_digest(shape: Shape, class_names: Sequence[str], split_digests: Mapping[str, str]) -> str:
+    """Return the name of a data set, made of all that training and evaluation see of it."""
     content = {
         "shape": shape,
         "class_names": list(class_names),
-        "splits": split_digests,
+        "splits": dict(split_digests),
         "format_version": FORMAT_VERSION,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

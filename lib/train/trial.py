@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray import tune
 from lib.data.loader import Split
 from lib.data.manifest import Manifest
 from lib.train.augment import Augmentation
+from lib.train.environment import describe
 from lib.train.loop import Examples, TrainConfig, Trainer
 from lib.train.model import ModelConfig
 
@@ -47,6 +49,7 @@ class Trial(tune.Trainable):
         # To the device once, not once a configuration.
         self._examples = {name: examples(split).to(self._device) for name, split in splits.items()}
         self._trainer = self._build(config)
+        self._inherited = False
 
     def step(self) -> dict[str, Any]:
         """Train one epoch."""
@@ -63,20 +66,30 @@ class Trial(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Start over with another configuration in the same process."""
         self._trainer = self._build(new_config)
+        self._inherited = False
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write the net and the state of training."""
-        torch.save(self._trainer.checkpoint(), Path(checkpoint_dir) / MODEL_FILE)
+        content = {
+            **self._trainer.checkpoint(),
+            "environment": describe(self._device),
+            "inherited": self._inherited,
+        }
+        torch.save(content, Path(checkpoint_dir) / MODEL_FILE)
         torch.save(self._trainer.state_dict(), Path(checkpoint_dir) / STATE_FILE)
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
         """Go on where `save_checkpoint` stopped."""
-        self._trainer.load_state_dict(
-            torch.load(
-                Path(checkpoint_dir) / STATE_FILE, map_location=self._device, weights_only=True
-            )
+        model, state = (
+            torch.load(Path(checkpoint_dir) / name, map_location=self._device, weights_only=True)
+            for name in (MODEL_FILE, STATE_FILE)
         )
+        self._trainer.load_state_dict(state)
+        # Of another configuration in population-based training: this one alone, trained again,
+        # does not lead to these weights.
+        config = asdict(self._trainer.train_config)
+        self._inherited = model.get("inherited", False) or model["train_config"] != config
 
     def _build(self, config: Mapping[str, Any]) -> Trainer:
         return Trainer(

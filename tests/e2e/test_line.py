@@ -58,6 +58,16 @@ def test_up_says_what_it_did_and_where_everything_is(line: LiveLine) -> None:
     assert json.loads(pasted.stdout)["label"] in "0123456789"
 
 
+def test_the_champion_comes_out_identical_from_its_record(line: LiveLine) -> None:
+    again = line.run("jobs.reproduce", "champion")
+    assert again.returncode == 0, again.stdout[-4000:] + again.stderr
+    verdict = last_json(again.stdout)
+    assert verdict["verdict"] == "identical"
+    assert verdict["code"].startswith("commit ")
+    assert verdict["environment"] == {}
+    assert "epoch 1 of" in again.stdout
+
+
 def test_up_again_repeats_nothing_that_is_done(line: LiveLine) -> None:
     before = {process.pid for process in line.processes()}
     traffic = requests.get(f"{line.url}/traffic", timeout=TIMEOUT_S).json()
