@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from lib.errors import ConfigError
 
+MAX_BODY_BYTES = 16 * 2**20
+"""Of one request for an inference, over HTTP or gRPC."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:

@@ -19,10 +19,11 @@ from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import BaseModel
 
+from lib.config import MAX_BODY_BYTES
 from lib.serving.bundle import Card
 from lib.serving.feedback import REQUEST_ID
 from lib.serving.keys import ANYONE
-from lib.serving.payload import MAX_BODY_BYTES, PayloadError
+from lib.serving.payload import PayloadError
 from lib.serving.record import Record
 from lib.serving.router import RETRY_AFTER_S
 from serve_apps import schemas

@@ -114,7 +114,7 @@ class GrpcLane:
         request_id = metadata.get("x-request-id") or os.urandom(16).hex()
         call = _Call(message, metadata, request_id, [("x-request-id", request_id)])
         headers = {name.encode(): value.encode() for name, value in metadata.items()}
-        caller, status, code = UNKNOWN, 200, None
+        caller, status = UNKNOWN, 200
         start_s = time.perf_counter()
         self._app.in_flight += 1
         try:
@@ -122,21 +122,22 @@ class GrpcLane:
                 call.trailing.clear()
                 raise PayloadError(400, "x-request-id: at most 128 letters, digits, `.`, `_`, `-`")
             caller = self._app.admit(headers)
-            return await answer(call)
+            answered = await answer(call)
         except PayloadError as error:
-            status, code, details = error.status, _CODES[error.status], error.message
+            status, answered = error.status, empty()
+            # Not raised: Serve would write a traceback for every malformed request.
+            context.set_code(_CODES[status])
+            context.set_details(error.message)
         except Exception:
             _log.exception("request %s failed", request_id)
-            status, code = 500, grpc.StatusCode.INTERNAL
-            details = "the server failed on this request; its log has the cause under x-request-id"
+            status, answered = 500, empty()
+            context.set_code(grpc.StatusCode.INTERNAL)
+            context.set_details("the server failed on this request; its log has the cause")
         finally:
             self._app.in_flight -= 1
-            self._app.record.add(caller, status, call.card, time.perf_counter() - start_s)
-            context.set_trailing_metadata(call.trailing)
-        # Not raised: Serve would write a traceback for every malformed request.
-        context.set_code(code)
-        context.set_details(details)
-        return empty()
+        self._app.record.add(caller, status, call.card, time.perf_counter() - start_s)
+        context.set_trailing_metadata(call.trailing)
+        return answered
 
 
 def _refuse(context: Any) -> Any:

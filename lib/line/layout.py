@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lib.config import MAX_BODY_BYTES
 from lib.errors import ConfigError, LineError
 from lib.line.ports import RANGE_SIZE, read_ports, variable
 from lib.line.processes import LINE_VARIABLE, PART_VARIABLE
-from lib.serving.payload import MAX_BODY_BYTES
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 PRIVATE = {

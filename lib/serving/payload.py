@@ -15,7 +15,6 @@ from lib.serving.bundle import Card
 
 Images = npt.NDArray[np.uint8]
 
-MAX_BODY_BYTES = 16 * 2**20
 MAX_BATCH = 1024
 
 

@@ -131,7 +131,7 @@ class Router:
         """Return probabilities; raise PayloadError 503 if the version is overloaded or away."""
         try:
             if version.placement == COLOCATED:
-                # Nothing that could be waited for in vain; a timer would cost a tenth of the rest.
+                # Here is nothing that could be waited for in vain, so no timer is paid for.
                 return await version.batcher.submit(images_NHWC)
             async with asyncio.timeout(self._deadline_s):
                 return await version.batcher.submit(images_NHWC)

@@ -13,10 +13,9 @@ from typing import Any
 
 from lib.serving.client import ServeClient, live_applications
 from lib.serving.plan import GATEWAY, serve_config, version_application
-from lib.storage import Storage
 from tests.bench import models, wrk
 from tests.bench.report import Options, Report, Table, figure, say
-from tests.bench.systems import WEIGHTS, rayline, settings_of, write_bodies
+from tests.bench.systems import rayline_alone, settings_of
 
 _STEPS = (0, 8, 64, 8, 0)
 """Connections, one step after the other."""
@@ -27,13 +26,9 @@ _NAMES = {
 
 
 def run(options: Options) -> Report:
-    wrk.require()
-    folder = options.temp / "s"
-    folder.mkdir()
-    models.write_bundles(Storage(str(folder / "storage")), num_versions=len(WEIGHTS))
-    write_bodies(folder, models.sample_image())
-    with rayline(folder) as systems:
+    with rayline_alone(options.temp) as systems:
         isolated = systems[0]
+        folder = isolated.folder
         client = ServeClient(settings_of(folder))
         _shorten(client, folder)
         samples: list[tuple[float, dict[str, int]]] = []

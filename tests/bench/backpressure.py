@@ -1,4 +1,4 @@
-"""Backpressure: far more asks than can be answered; who is refused hears of it at once.
+"""Backpressure: far more asks than can be answered; how soon one more caller hears, and what.
 
 python -m tests.bench backpressure --seconds 10
 """
@@ -11,10 +11,9 @@ import threading
 import time
 from urllib.parse import urlsplit
 
-from lib.storage import Storage
-from tests.bench import models, wrk
+from tests.bench import wrk
 from tests.bench.report import BenchError, Options, Report, Table, figure, say
-from tests.bench.systems import WEIGHTS, System, rayline, write_bodies
+from tests.bench.systems import System, rayline_alone
 
 _LOADS = (32, 2000)
 """Connections: what is served with ease, and several times what gateways admit at once."""
@@ -25,14 +24,9 @@ Answers = dict[int, list[float]]
 
 
 def run(options: Options) -> Report:
-    wrk.require()
-    folder = options.temp / "s"
-    folder.mkdir()
-    models.write_bundles(Storage(str(folder / "storage")), num_versions=len(WEIGHTS))
-    write_bodies(folder, models.sample_image())
     rows: list[tuple[str, ...]] = []
     data: dict[str, dict[str, list[float]]] = {}
-    with rayline(folder) as systems:
+    with rayline_alone(options.temp) as systems:
         for system in systems:
             for connections in _LOADS:
                 say(f"backpressure: {system.name}, {connections} connections")

@@ -11,10 +11,9 @@ import time
 
 import psutil
 
-from lib.storage import Storage
-from tests.bench import models, wrk
+from tests.bench import wrk
 from tests.bench.report import Options, Report, Table, figure, say
-from tests.bench.systems import WEIGHTS, System, rayline, write_bodies
+from tests.bench.systems import System, rayline_alone
 
 _CONNECTIONS = 64
 _EVERY_S = 2.0
@@ -23,12 +22,7 @@ _WARM_SHARE = 0.1
 
 
 def run(options: Options) -> Report:
-    wrk.require()
-    folder = options.temp / "s"
-    folder.mkdir()
-    models.write_bundles(Storage(str(folder / "storage")), num_versions=len(WEIGHTS))
-    write_bodies(folder, models.sample_image())
-    with rayline(folder) as systems:
+    with rayline_alone(options.temp) as systems:
         # Isolated: gateways and versions both work.
         load, memory = _soak(systems[0], options)
         rows = [

@@ -32,7 +32,7 @@ from lib.serving.client import ServeClient, wait_until
 from lib.serving.predictor import OnnxPredictor
 from lib.serving.traffic import COLOCATED, ISOLATED, ModelTraffic
 from lib.storage import Storage
-from tests.bench import models
+from tests.bench import models, wrk
 from tests.bench.parts import (
     OURS_PORT,
     PEERS_PORT,
@@ -78,6 +78,18 @@ def rayline(folder: Path) -> Iterator[list[System]]:
             )
             for placement, name in _PLACEMENTS.items()
         ]
+
+
+@contextmanager
+def rayline_alone(temp: Path) -> Iterator[list[System]]:
+    """Deploy Rayline without a peer, in a new folder, with the model and the bodies of requests."""
+    wrk.require()
+    folder = temp / "s"
+    folder.mkdir()
+    models.write_bundles(Storage(str(folder / "storage")), num_versions=len(WEIGHTS))
+    write_bodies(folder, models.sample_image())
+    with rayline(folder) as systems:
+        yield systems
 
 
 def _ours(folder: Path, line: Line) -> Line:

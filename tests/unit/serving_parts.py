@@ -13,6 +13,7 @@ from lib.data.manifest import Preprocess
 from lib.serving import policy
 from lib.serving.batcher import Predict
 from lib.serving.bundle import Card, write_bundle
+from lib.serving.keys import authenticate, read_keys
 from lib.serving.router import Images, Probabilities, Router
 from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
@@ -69,7 +70,18 @@ def publish(storage: Storage, weights: dict[int, float]) -> None:
 async def gateway(storage: Storage, **options: Any) -> App:
     router = Router(storage, options.pop("make_predict", make_predict), **options)
     await router.refresh()
-    return App(routes(Endpoints(router, storage)), title="Rayline", description="test")
+    return app_over(router, storage)
+
+
+def app_over(router: Router, storage: Storage) -> App:
+    """An application that asks for keys as soon as there are some when it is made."""
+    keys = read_keys(storage)
+    return App(
+        routes(Endpoints(router, storage)),
+        title="Rayline",
+        description="test",
+        authenticate=lambda headers: authenticate(keys, headers),
+    )
 
 
 class Response:

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as messages
 
-from lib.serving.keys import add_key, authenticate, read_keys
+from lib.serving.keys import add_key
 from lib.serving.router import Router
 from lib.storage import Storage
 from serve_apps.asgi import App
-from serve_apps.endpoints import Endpoints, routes
 from serve_apps.grpc_lane import GrpcLane
-from tests.unit.serving_parts import make_predict, publish
+from tests.unit.serving_parts import app_over, make_predict, publish
 
 IMAGES = np.arange(2 * 24, dtype=np.uint8).reshape(2, 4, 6, 1)
 """First pixels 0 and 24: class 0 both, by the stand-in."""
@@ -51,21 +50,13 @@ class Lane(GrpcLane):
         self._router, self._app = router, app
 
 
-def run(
-    tmp_path: Path, scenario: Callable[[Lane], Awaitable[None]], *, key: str | None = None
-) -> None:
+def run(tmp_path: Path, scenario: Callable[[Lane], Awaitable[None]]) -> None:
     async def main() -> None:
         storage = Storage(str(tmp_path))
         publish(storage, {1: 90, 2: 10})
         router = Router(storage, make_predict)
         await router.refresh()
-        app = App(
-            routes(Endpoints(router, storage)),
-            title="Rayline",
-            description="test",
-            authenticate=lambda headers: authenticate(read_keys(storage), headers),
-        )
-        await scenario(Lane(router, app))
+        await scenario(Lane(router, app_over(router, storage)))
 
     asyncio.run(main())
 

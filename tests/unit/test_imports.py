@@ -35,6 +35,7 @@ PURE = (
     "lib.serving.predictor",
     "lib.serving.payload",
     "lib.serving.bundle",
+    "lib.serving.record",
     "lib.watch.metrics",
 )
 IMPURE = {"ray", "mlflow", "requests", "aiohttp", "httpx", "http", "urllib", "fastapi", "starlette"}
@@ -147,3 +148,12 @@ def test_importing_has_no_effect(tmp_path: Path) -> None:
     assert done.stdout == ""
     left = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")]
     assert left == []
+
+
+def test_submitting_loads_no_array_library() -> None:
+    # Half a second before anything is said, for nothing.
+    code = "import sys, jobs.submit; print(sorted({'numpy', 'PIL', 'torch'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -30,7 +30,14 @@ from lib.serving.traffic import COLOCATED, ISOLATED, ModelTraffic
 from lib.storage import Storage
 from serve_apps.asgi import App
 from serve_apps.endpoints import Endpoints, routes
-from tests.unit.serving_parts import by_brightness, card, make_predict, publish, request
+from tests.unit.serving_parts import (
+    by_brightness,
+    card,
+    gateway,
+    make_predict,
+    publish,
+    request,
+)
 
 IMAGE = bytes(24)
 RAW = {"content-type": "application/octet-stream"}
@@ -88,15 +95,7 @@ def test_a_gateway_asks_for_keys_but_not_for_docs_and_health(tmp_path: Path) -> 
         storage = Storage(str(tmp_path))
         publish(storage, {1: 100})
         key = add_key(storage, "day")
-        keys = read_keys(storage)
-        router = Router(storage, make_predict)
-        await router.refresh()
-        app = App(
-            routes(Endpoints(router, storage)),
-            title="t",
-            description="d",
-            authenticate=lambda headers: authenticate(keys, headers),
-        )
+        app = await gateway(storage)
         for path in ("/docs", "/openapi.json", "/v2", "/v2/health/live", "/v2/health/ready"):
             assert (await request(app, "GET", path)).status == 200
         refused = await request(app, "POST", "/predict", IMAGE, RAW)
