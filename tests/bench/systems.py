@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,8 +85,8 @@ def rayline(folder: Path) -> Iterator[list[System]]:
 def rayline_alone(temp: Path) -> Iterator[list[System]]:
     """Deploy Rayline without a peer, in a new folder, with the model and the bodies of requests."""
     wrk.require()
-    folder = temp / "s"
-    folder.mkdir()
+    # Several parts may be measured in one run.
+    folder = Path(tempfile.mkdtemp(prefix="a", dir=temp))
     models.write_bundles(Storage(str(folder / "storage")), num_versions=len(WEIGHTS))
     write_bodies(folder, models.sample_image())
     with rayline(folder) as systems:
