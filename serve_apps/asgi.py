@@ -113,7 +113,7 @@ class App:
         title: str,
         description: str,
         authenticate: Authenticate = anyone,
-        max_in_flight: int = 256,
+        max_in_flight: int = 128,
     ) -> None:
         self._exact: dict[str, dict[str, Route]] = {}
         self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []

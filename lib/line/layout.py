@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import shlex
 import socket
 import sys
@@ -200,6 +201,7 @@ class Line:
             # which costs a fifth of the answer; the gateway counts its requests itself.
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
             "RAY_SERVE_HAPROXY_LOG_TARGET": "127.0.0.1:514 sample 1:1000",
+            "RAY_SERVE_HAPROXY_MAXCONN": str(_max_connections()),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{haproxy}/haproxy.cfg",
             "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{haproxy}/admin.sock",
@@ -255,3 +257,14 @@ def _write(path: Path, content: str, mode: int = 0o644) -> None:
         stream.write(content)
     os.chmod(temporary, mode)
     os.replace(temporary, path)
+
+
+def _max_connections() -> int:
+    """Return how many clients HAProxy lets in at once.
+
+    While more than a fifth of the files that this number stands for are open it connects to a
+    gateway anew for every request, which doubles what a request costs: so, as many as the limit
+    on open files allows, at two and a half files a client.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 16384 if hard == resource.RLIM_INFINITY else min(16384, int((hard - 400) / 2.5))

@@ -51,7 +51,7 @@ class ServeClient:
                 f"Ray does not answer at {self._url}: {error}; is the line up (`make up`)?"
             ) from error
         if not response.ok:
-            raise ServingError(f"Serve refused: {response.status_code} {response.text[:2000]}")
+            raise ServingError(f"Serve refused: {response.status_code} {response.text[-2000:]}")
         return response
 
 

@@ -15,9 +15,11 @@ from tests.bench import wrk
 from tests.bench.report import BenchError, Options, Report, Table, figure, say
 from tests.bench.systems import System, rayline_alone
 
-_LOADS = (32, 2000)
-"""Connections: what is served with ease, and several times what gateways admit at once."""
+_LOADS = (128, 1500)
+"""Connections: what gateways admit at once, and several times that."""
 _PROBE_EVERY_S = 0.02
+_CONNECTING_S = 4.0
+"""Until all connections are open: the gateways' event loop (uvloop) accepts one a turn."""
 
 Answers = dict[int, list[float]]
 """Status → milliseconds of each answer."""
@@ -40,12 +42,15 @@ def run(options: Options) -> Report:
         title="Backpressure",
         tables=[
             Table(
-                title=f"One more caller, beside closed-loop load for {options.seconds:g} s",
+                title=f"One more caller, beside load for {options.seconds:g} s",
                 columns=("", "connections", "status", "answers", "p50 ms", "p99 ms", "max ms"),
                 rows=rows,
             )
         ],
-        notes=["A probe asks on a connection of its own, one question after another."],
+        notes=[
+            "A probe asks on a connection of its own, one question after another. The load's "
+            "connections ask again at once after an answer, after a refusal when Retry-After says."
+        ],
         data=data,
     )
 
@@ -62,8 +67,7 @@ def _probe_under_load(system: System, connections: int, seconds: float) -> Answe
     failure: list[Exception] = []
 
     def probe() -> None:
-        # Once the load is on.
-        stop.wait(1.0)
+        stop.wait(_CONNECTING_S)
         try:
             _ask_until(stop, system, answers)
         except Exception as error:
@@ -76,8 +80,9 @@ def _probe_under_load(system: System, connections: int, seconds: float) -> Answe
             system.url,
             system.folder / system.body,
             connections=connections,
-            seconds=seconds + 1,
+            seconds=_CONNECTING_S + seconds,
             refusals_allowed=True,
+            heeds_retry_after=True,
         )
     finally:
         stop.set()

