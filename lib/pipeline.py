@@ -23,7 +23,9 @@ from lib.registry.trials import ranked_trials
 from lib.serving.deploy import deploy
 from lib.steps import Step, run_step
 from lib.storage import Storage
+from lib.train.presets import preset_experiment
 from lib.train.search import run_sweep
+from lib.train.work import image_work
 
 
 def run_pipeline(
@@ -74,7 +76,9 @@ def tune_once(settings: Settings, storage: Storage, manifest: Manifest, preset: 
     """Return the sweep over this data with this preset; run it if MLflow has none."""
 
     def search() -> Mapping[str, Any]:
-        found = run_sweep(settings, storage, manifest, preset)
+        experiment = preset_experiment(preset)
+        work = image_work(storage, manifest, preset, experiment)
+        found = run_sweep(settings, storage, experiment, work)
         return {"sweep_run_id": found.sweep_run_id, "num_trials": len(found.trials)}
 
     def is_true(result: Mapping[str, Any]) -> bool:

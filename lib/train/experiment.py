@@ -77,7 +77,7 @@ class Parameter:
             raise ConfigError(f"parameter {self.name}: low and high must be finite")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Named:
     """An algorithm, of sampling or of early stopping, by name with its settings."""
 
@@ -126,6 +126,23 @@ class Experiment:
         for guess in self.first_guesses:
             if unknown := set(guess) - set(names):
                 raise ConfigError(f"experiment {self.name}: first guess of unknown {unknown}")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Experiment:
+        """Rebuild an experiment from what `asdict` and JSON made of it."""
+        stopping = content["early_stopping"]
+        parameters = [{**item, "values": tuple(item["values"])} for item in content["parameters"]]
+        return cls(
+            **{
+                **content,
+                "objectives": tuple(Objective(**item) for item in content["objectives"]),
+                "parameters": tuple(Parameter(**item) for item in parameters),
+                "algorithm": Named(**content["algorithm"]),
+                "early_stopping": Named(**stopping) if stopping else None,
+                "first_guesses": tuple(content["first_guesses"]),
+                "additional_metrics": tuple(content["additional_metrics"]),
+            }
+        )
 
     @property
     def objective(self) -> Objective:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import ray
 
-from lib.config import Preset
-
 _SETTLE_S = 2.0
 
 
@@ -39,7 +37,7 @@ class TrialResources:
         return f"{trials} at a time, each on {self.cpus:g} CPU{gpu}{note}"
 
 
-def trial_resources(preset: Preset) -> TrialResources:
+def trial_resources(gpus_per_trial: float) -> TrialResources:
     """Share what is free now among trials, so that a sweep starts at once beside serving."""
     free = _settled_resources()
     num_nodes = sum(1 for node in ray.nodes() if node["Alive"])
@@ -48,7 +46,7 @@ def trial_resources(preset: Preset) -> TrialResources:
         free_cpus=free.get("CPU", 0.0),
         free_gpus=free.get("GPU", 0.0) if has_gpus else 0.0,
         num_nodes=max(1, num_nodes),
-        gpus_per_trial=preset.gpus_per_trial,
+        gpus_per_trial=gpus_per_trial,
     )
 
 

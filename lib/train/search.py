@@ -1,52 +1,67 @@
-"""A sweep: parallel trials with Ray Tune, Optuna's TPE sampler and early stopping at rungs."""
+"""A sweep: parallel trials with Ray Tune, a sampler of Optuna's, early stopping at rungs.
+
+What it does is in a journal under the storage root first. A sweep whose driver died is resumed
+from that alone: the sampler is told all results again, MLflow gets what it missed, and trials that
+were under way go on from what they kept.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import time
-import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-)
-from optuna.samplers import TPESampler
+import pyarrow.fs as fs
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search import ConcurrencyLimiter
-from ray.tune.search.optuna import OptunaSearch
 
-from lib.cli import progress
-from lib.config import Preset, Settings
-from lib.data.loader import Split, read_splits
-from lib.data.manifest import Manifest
+from lib.cli import progress as say
+from lib.config import Settings
 from lib.errors import SearchError
-from lib.registry.tracking import SweepRecord, start_sweep
+from lib.registry.tracking import SweepRecord, SweepRun, reopen_sweep, start_sweep
 from lib.storage import Storage
-from lib.train.report import SweepReport
+from lib.train.experiment import Experiment
+from lib.train.feed import Feed
+from lib.train.journal import Journal
+from lib.train.progress import CLOSED, SESSION, Progress, TrialState, pareto_front
+from lib.train.report import Limits, SweepReport
 from lib.train.resources import TrialResources, trial_resources
-from lib.train.trial import Trial
+from lib.train.samplers import Study, sampler_name
+from lib.train.schedulers import build_scheduler, rung_counts, scheduler_of
+from lib.train.searcher import StudySearcher
+from lib.train.trainable import Desk
+from lib.train.work import Work, work_of
 
-METRIC = "val_accuracy"
-REDUCTION_FACTOR = 3
-"""About one trial of this many goes on after a rung."""
+_MAX_PROCESS_FAILURES = 3
+"""A trial whose process died this often in a row is given up."""
+_NEVER = "Never"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialResult:
-    """A trial that left a model."""
+    """A trial that left a result."""
 
+    number: int
     run_id: str
-    val_accuracy: float
-    """Of its best epoch, whose checkpoint is on the run."""
+    value: float
+    """Of the first objective, at the best report; what the trial kept is of that report."""
+    metrics: Mapping[str, float]
+    """All that this report held."""
     epoch: int
     params: Mapping[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the trial as a job prints it."""
+        return {
+            "run_id": self.run_id,
+            **self.metrics,
+            "epoch": self.epoch,
+            "params": dict(self.params),
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,185 +69,299 @@ class SweepResult:
     """What a sweep found; all of it is in MLflow too."""
 
     sweep_run_id: str
+    data_digest: str | None
     trials: tuple[TrialResult, ...]
-    """Best validation accuracy first."""
+    """Best first."""
+    pareto: tuple[TrialResult, ...]
+    """Those that no other trial beats in one objective without losing in another."""
     num_failed: int
+    num_observations: int
+    """Results that the sampler holds."""
     images_per_s: float
     """Images trained on by all trials, per second of the sweep."""
     seconds: float
 
+    def summary(self) -> dict[str, Any]:
+        """Return the result as a job prints it."""
+        return {
+            "sweep_run_id": self.sweep_run_id,
+            "data_digest": self.data_digest,
+            "trials": len(self.trials),
+            "failed_trials": self.num_failed,
+            "best": self.trials[0].summary(),
+            "pareto": [trial.summary() for trial in self.pareto],
+            "seconds": round(self.seconds, 1),
+            "images_per_s": round(self.images_per_s),
+        }
+
 
 def run_sweep(
-    settings: Settings, storage: Storage, manifest: Manifest, preset: Preset
+    settings: Settings, storage: Storage, experiment: Experiment, work: Work
 ) -> SweepResult:
-    """Search the preset's space on a data set's train split, judged on its validation split.
+    """Search as the experiment asks.
 
-    Ray must be initialised. Raises SearchError if no trial left a model, and RegistryError if
-    MLflow is away or its record of the sweep is incomplete.
+    Ray must be initialised. Raises SearchError if no trial left a result, RegistryError if MLflow
+    is away at the start, or at the end with something still to be sent, and StorageError if there
+    is no place for the sweep's state; after the last two the sweep can be resumed.
     """
-    start_s = time.monotonic()
-    resources = trial_resources(preset)
-    progress("tune", resources.describe())
-    record = start_sweep(settings, storage, manifest, preset, _facts(resources))
-    ended: list[tune.Result] = []
-    metrics: dict[str, float] = {}
-    try:
-        splits = read_splits(storage, manifest, ("train", "val"))
-        rows = ", ".join(f"{len(split.labels_N):,} {name}" for name, split in splits.items())
-        progress("tune", f"sweep {record.sweep_run_id}: {preset.num_trials} trials on {rows}")
-        ended = _fit(storage, manifest, preset, resources, splits, record)
-        metrics = _sweep_metrics(ended, manifest, record, time.monotonic() - start_s)
-    finally:
-        record.close(metrics, failed=not record.best)
-    if not record.best:
+    # What can't be searched is said before anything starts.
+    scheduler = scheduler_of(experiment)
+    Study(experiment)
+    sweep = start_sweep(
+        settings,
+        storage,
+        name=experiment.name,
+        manifest=work.manifest,
+        tags={**work.tags, "rayline.seed": str(experiment.seed), "rayline.num_threads": "1"},
+        facts={
+            "sampler": sampler_name(experiment.algorithm.name),
+            "scheduler": scheduler.name,
+            "objectives": ", ".join(f"{o.goal} {o.metric}" for o in experiment.objectives),
+            "num_trials": experiment.num_trials,
+            "time_budget_s": experiment.time_budget_s,
+        },
+        experiment=asdict(experiment),
+    )
+    spec = {"experiment": asdict(experiment), "kind": work.kind, "work": work.spec}
+    storage.write(_spec_path(sweep.run_id), json.dumps(spec).encode())
+    return _run(settings, storage, sweep, experiment, work)
+
+
+def resume_sweep(
+    settings: Settings,
+    storage: Storage,
+    sweep_run_id: str,
+    work_of: Callable[[Storage, Experiment, str, Mapping[str, Any]], Work] = work_of,
+) -> SweepResult:
+    """Go on with a sweep whose driver ended before it did, or whose record is incomplete.
+
+    `work_of` makes the work from its kind and spec.
+
+    Raises what `run_sweep` raises, and SearchError if there is no such sweep, it is running, or it
+    was asked never to be resumed.
+    """
+    path = _spec_path(sweep_run_id)
+    if not storage.exists(path):
         raise SearchError(
-            f"none of {len(ended)} trials left a model ({metrics['failed_trials']:.0f} failed, "
-            f"the others were cut off by the time budget of {preset.time_budget_s:.0f} s); the "
-            f"reasons are on the runs below sweep {record.sweep_run_id} in MLflow"
+            f"there is no state of a sweep {sweep_run_id!r} at {storage.uri}; give the "
+            "sweep_run_id that jobs.tune printed, and the RAYLINE_STORAGE it ran with"
         )
-    record.check()
-    return SweepResult(
-        sweep_run_id=record.sweep_run_id,
-        trials=_ranked(record),
-        num_failed=int(metrics["failed_trials"]),
-        images_per_s=metrics["images_per_s"],
-        seconds=metrics["seconds"],
+    spec = storage.read_json(path)
+    experiment = Experiment.from_dict(spec["experiment"])
+    if experiment.resume_policy == _NEVER:
+        raise SearchError(
+            f"sweep {sweep_run_id} was asked for with resumePolicy Never; start a new one"
+        )
+    work = work_of(storage, experiment, spec["kind"], spec["work"])
+    sweep = reopen_sweep(settings, sweep_run_id)
+    return _run(settings, storage, sweep, experiment, work)
+
+
+def _run(
+    settings: Settings, storage: Storage, sweep: SweepRun, experiment: Experiment, work: Work
+) -> SweepResult:
+    folder = f"sweeps/{sweep.run_id}"
+    with Journal(storage, folder) as journal:
+        resumed = bool(journal.events)
+        progress = Progress(journal, experiment)
+        study = Study(experiment)
+        for number in sorted(progress.trials):
+            study.restore(progress.trials[number])
+        spent_s = progress.spent_s
+        progress.add(SESSION)
+        scheduler = scheduler_of(experiment)
+        desk = Desk(
+            storage=storage,
+            folder=f"{folder}/trials",
+            objectives=experiment.objectives,
+            rungs=work.rungs,
+            rung_counts=rung_counts(scheduler, len(work.rungs)),
+        )
+        feed = Feed(progress, desk, work.artifacts)
+        record = SweepRecord(
+            settings,
+            sweep,
+            run_ids={t.number: t.run_id for t in progress.trials.values() if t.run_id},
+            noted=feed.noted,
+            look_up=resumed,
+        )
+        feed.start(record, journal.events)
+        journal.events = []
+        if resumed:
+            ended = len(progress.trials) - len(progress.interrupted())
+            say("tune", f"resuming sweep {sweep.run_id}: {ended} trials have ended, "
+                f"{len(progress.interrupted())} go on")  # fmt: skip
+        else:
+            say("tune", f"sweep {sweep.run_id}: {study.num_trials} trials")
+        session = _Session(storage, folder, experiment, work, progress, study, desk)
+        if not progress.closed:
+            session.run(experiment.time_budget_s - spent_s)
+            progress.add(CLOSED, durable=True)
+        return session.result(sweep, record)
+
+
+class _Session:
+    """One driver's part of a sweep."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        folder: str,
+        experiment: Experiment,
+        work: Work,
+        progress: Progress,
+        study: Study,
+        desk: Desk,
+    ) -> None:
+        self._storage = storage
+        self._folder = folder
+        self._experiment = experiment
+        self._work = work
+        self._progress = progress
+        self._study = study
+        self._desk = desk
+
+    def run(self, budget_s: float) -> None:
+        """Run trials until all have ended or a limit is met."""
+        experiment, work, progress = self._experiment, self._work, self._progress
+        start_s = time.monotonic()
+        resources = trial_resources(work.gpus_per_trial)
+        say("tune", resources.describe())
+        shared = work.shared(resources)
+        # One more than there is room for, where resources keep it waiting: no slot is ever idle.
+        limit = resources.num_parallel + bool(resources.cpus or resources.gpus)
+        limit = min(limit, experiment.num_parallel or limit)
+        searcher = StudySearcher(self._study, progress, limit)
+        report = SweepReport(progress, self._study, searcher, experiment)
+        limits = Limits(progress, experiment, report)
+        left_s = budget_s - (time.monotonic() - start_s)
+        why = limits.why
+        if searcher.num_left and not why:
+            try:
+                self._fit(searcher, report, limits, resources, shared, left_s)
+            except Exception:
+                if report.error is None:
+                    raise
+            if report.error is not None:
+                raise report.error
+            why = limits.why
+        report.cut_off(why or f"the time budget of {experiment.time_budget_s:.0f} s was spent")
+
+    def _fit(
+        self,
+        searcher: StudySearcher,
+        report: SweepReport,
+        limits: Limits,
+        resources: TrialResources,
+        shared: Mapping[str, Any],
+        left_s: float,
+    ) -> None:
+        _quiet_tune()
+        # Else Tune starts the first processes one after the other.
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(resources.num_parallel)
+        work, storage = self._work, self._storage
+        trainable = tune.with_parameters(work.trainable, desk=self._desk, shared=dict(shared))
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, resources.request()),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=build_scheduler(
+                    self._experiment,
+                    self._progress,
+                    num_rungs=len(work.rungs),
+                    fixed=work.trainable.FIXED,
+                ),
+                num_samples=searcher.num_left,
+                time_budget_s=max(0.01, left_s) if math.isfinite(left_s) else None,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                # Tune's own state of this driver; that of one before is of no use.
+                name=f"tune-{int(time.time() * 1000)}",
+                storage_path=storage.path(self._folder),
+                storage_filesystem=storage.filesystem,
+                callbacks=[report],
+                stop=limits,
+                failure_config=tune.FailureConfig(max_failures=_MAX_PROCESS_FAILURES),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+
+    def result(self, sweep: SweepRun, record: SweepRecord) -> SweepResult:
+        """Close the record, tidy up, and return what was found."""
+        progress, experiment = self._progress, self._experiment
+        ranked = progress.ranked()
+        front = pareto_front(experiment.objectives, ranked)
+        seconds = progress.spent_s
+        epochs = sum(trial.epoch for trial in progress.trials.values())
+        images_per_s = epochs * self._work.images_per_epoch / max(seconds, 1e-9)
+        metrics = {
+            "trials": float(len(progress.trials)),
+            "failed_trials": float(progress.num_failed),
+            "images_per_s": images_per_s,
+            "seconds": seconds,
+            "pareto_trials": float(len(front)),
+            **(
+                {o.metric: ranked[0].best[o.metric] for o in experiment.objectives}
+                if ranked
+                else {}
+            ),
+        }
+        table = [{"trial": t.number, "params": t.params, **t.best} for t in front]
+        record.close(metrics, failed=not ranked, files={"pareto.json": json.dumps(table, indent=2)})
+        record.check()
+        self._tidy()
+        if not ranked:
+            raise SearchError(
+                f"none of {len(progress.trials)} trials left a model ({progress.num_failed} "
+                "failed, the others were cut off by the time budget of "
+                f"{experiment.time_budget_s:.0f} s); the reasons are on the runs below sweep "
+                f"{sweep.run_id} in MLflow"
+            )
+        by_number = {trial.number: _result(experiment, trial) for trial in ranked}
+        return SweepResult(
+            sweep_run_id=sweep.run_id,
+            data_digest=self._work.manifest.digest if self._work.manifest else None,
+            trials=tuple(by_number.values()),
+            pareto=tuple(by_number[trial.number] for trial in front),
+            num_failed=progress.num_failed,
+            num_observations=self._study.num_observations,
+            images_per_s=images_per_s,
+            seconds=seconds,
+        )
+
+    def _tidy(self) -> None:
+        """Delete what is in MLflow now; the journal stays."""
+        filesystem = self._storage.filesystem
+        selector = fs.FileSelector(self._storage.path(self._folder), allow_not_found=True)
+        for info in filesystem.get_file_info(selector):
+            if info.type == fs.FileType.Directory and info.base_name != "journal":
+                filesystem.delete_dir(info.path)
+
+
+def _result(experiment: Experiment, trial: TrialState) -> TrialResult:
+    return TrialResult(
+        number=trial.number,
+        run_id=trial.run_id or "",
+        value=trial.best[experiment.objective.metric],
+        metrics=trial.best,
+        epoch=trial.best_epoch,
+        params=trial.params,
     )
 
 
-def search_space(preset: Preset) -> dict[str, BaseDistribution]:
-    """Return what a sweep varies."""
-    return {
-        "stage_width": CategoricalDistribution(preset.widths),
-        "depth": CategoricalDistribution(preset.depths),
-        "learning_rate": FloatDistribution(0.03, 0.3, log=True),
-        "weight_decay": FloatDistribution(1e-4, 2e-3, log=True),
-        "label_smoothing": FloatDistribution(0.0, 0.15, step=0.05),
-        "augmentation": FloatDistribution(0.0, 1.0, step=0.25),
-    }
+def _spec_path(sweep_run_id: str) -> str:
+    return f"sweeps/{sweep_run_id}/sweep.json"
 
 
-def first_guess(preset: Preset) -> dict[str, Any]:
-    """Return the configuration that every sweep tries first: known to train well."""
-    return {
-        "stage_width": max(preset.widths),
-        "depth": min(preset.depths),
-        "learning_rate": 0.1,
-        "weight_decay": 5e-4,
-        "label_smoothing": 0.1,
-        "augmentation": 0.5,
-    }
-
-
-def _fit(
-    storage: Storage,
-    manifest: Manifest,
-    preset: Preset,
-    resources: TrialResources,
-    splits: Mapping[str, Split],
-    record: SweepRecord,
-) -> list[tune.Result]:
-    # The writers of CSV, JSON and TensorBoard files would slow every report; MLflow has it all.
+def _quiet_tune() -> None:
+    """Turn off what Tune writes and prints by itself: the journal, MLflow and our lines have it."""
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    # Progress and failures are reported in one line each, by SweepReport.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
+    # A failed trial's report has no metrics.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**9)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # Of its own in every sweep: a second experiment of one name overwrites the first one's state.
-    name = f"{preset.name}-{uuid.uuid4().hex[:12]}"
-    trainable = tune.with_parameters(
-        Trial,
-        manifest=manifest,
-        splits=dict(splits),
-        rungs=preset.rungs,
-        reduction_factor=REDUCTION_FACTOR,
-        num_threads=resources.num_threads,
-        train_seed=preset.seed,
-    )
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, resources.request()),
-        tune_config=tune.TuneConfig(
-            metric=METRIC,
-            mode="max",
-            search_alg=ConcurrencyLimiter(_searcher(preset), resources.num_parallel),
-            scheduler=_scheduler(preset),
-            num_samples=preset.num_trials,
-            time_budget_s=preset.time_budget_s,
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(
-            name=name,
-            storage_path=storage.path("tune"),
-            storage_filesystem=storage.filesystem,
-            callbacks=[SweepReport(record, preset.num_trials, preset.rungs[-1])],
-            checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=1, checkpoint_frequency=1, checkpoint_at_end=False
-            ),
-            verbose=0,
-        ),
-    )
-    results = tuner.fit()
-    ended = [results[index] for index in range(len(results))]
-    # The models are on the runs in MLflow; what is left is Tune's own state.
-    storage.filesystem.delete_dir(storage.path(f"tune/{name}"))
-    return ended
-
-
-def _searcher(preset: Preset) -> OptunaSearch:
-    return OptunaSearch(
-        search_space(preset),
-        metric=METRIC,
-        mode="max",
-        points_to_evaluate=[first_guess(preset)],
-        sampler=TPESampler(seed=preset.seed, n_startup_trials=max(3, preset.num_trials // 4)),
-    )
-
-
-def _scheduler(preset: Preset) -> ASHAScheduler:
-    # ASHA counts in powers of its factor; trials report such a count instead of epochs, so that
-    # they are compared at the preset's rungs, whatever these are, and nowhere else.
-    return ASHAScheduler(
-        time_attr="rung_count",
-        grace_period=1,
-        reduction_factor=REDUCTION_FACTOR,
-        max_t=REDUCTION_FACTOR ** (len(preset.rungs) - 1),
-    )
-
-
-def _sweep_metrics(
-    ended: list[tune.Result], manifest: Manifest, record: SweepRecord, seconds: float
-) -> dict[str, float]:
-    epochs = sum((result.metrics or {}).get("epoch", 0) for result in ended)
-    metrics = {
-        "trials": float(len(ended)),
-        "failed_trials": float(sum(result.error is not None for result in ended)),
-        "images_per_s": epochs * manifest.rows("train") / seconds,
-        "seconds": seconds,
-    }
-    if record.best:
-        metrics[METRIC] = max(accuracy for accuracy, _ in record.best.values())
-    return metrics
-
-
-def _ranked(record: SweepRecord) -> tuple[TrialResult, ...]:
-    found = [
-        TrialResult(
-            run_id=record.run_ids[trial],
-            val_accuracy=accuracy,
-            epoch=epoch,
-            params=record.params[trial],
-        )
-        for trial, (accuracy, epoch) in record.best.items()
-    ]
-    return tuple(sorted(found, key=lambda trial: (-trial.val_accuracy, trial.run_id)))
-
-
-def _facts(resources: TrialResources) -> dict[str, Any]:
-    return {
-        "sampler": "optuna TPE",
-        "scheduler": f"ASHA, factor {REDUCTION_FACTOR}",
-        "cpus_per_trial": resources.cpus,
-        "gpus_per_trial": resources.gpus,
-        "parallel_trials": resources.num_parallel,
-    }

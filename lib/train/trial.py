@@ -1,15 +1,16 @@
-"""One trial of a sweep: the Tune trainable around the training loop, an epoch a step."""
+"""One trial of a sweep over Rayline's own nets: the trainable around the training loop."""
 
 from __future__ import annotations
 
+import io
+import statistics
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from ray import tune
 
 from lib.data.loader import Split
 from lib.data.manifest import Manifest
@@ -17,79 +18,82 @@ from lib.train.augment import Augmentation
 from lib.train.environment import describe
 from lib.train.loop import Examples, TrainConfig, Trainer
 from lib.train.model import ModelConfig
+from lib.train.trainable import SweepTrial
 
 MODEL_FILE = "model.pt"
-"""Of a trial's checkpoint: the net alone, as it is recorded and registered."""
-STATE_FILE = "state.pt"
-"""Of a trial's checkpoint: what training goes on from."""
+"""Of what a trial keeps: the net of its best epoch."""
+EAGER_LATENCY_MS = "eager_latency_ms"
+"""Metric: milliseconds that the net takes for one image in eager PyTorch, on the trial's share of
+the machine. Not the latency of the exported model, which is measured when it is registered."""
+_LATENCY_CALLS = 30
 
 
-class Trial(tune.Trainable):
-    """Trains one configuration; the same process then takes the next one."""
+class Trial(SweepTrial):
+    """Trains one configuration of Rayline's own nets, an epoch a step."""
 
-    def setup(
+    FIXED = frozenset({"stage_width", "depth"})
+
+    def prepare(
         self,
-        config: dict[str, Any],
-        manifest: Manifest | None = None,
-        splits: Mapping[str, Split] | None = None,
-        rungs: tuple[int, ...] = (1,),
-        reduction_factor: int = 3,
+        *,
+        manifest: Manifest,
+        splits: Mapping[str, Split],
+        rungs: tuple[int, ...],
         num_threads: int = 1,
         train_seed: int = 0,
+        measure_latency: bool = False,
     ) -> None:
-        """Keep the data, which all trials share, and build the first trainer."""
-        if manifest is None or splits is None:
-            raise ValueError("a trial needs the manifest and the splits of its data set")
+        """Take the data, which all trials share, to the device once."""
         self._manifest = manifest
         self._rungs = rungs
-        self._reduction_factor = reduction_factor
         self._seed = train_seed
+        self._measure_latency = measure_latency
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.set_num_threads(num_threads)
-        # To the device once, not once a configuration.
         self._examples = {name: examples(split).to(self._device) for name, split in splits.items()}
-        self._trainer = self._build(config)
-        self._inherited = False
 
-    def step(self) -> dict[str, Any]:
+    def begin(self, params: Mapping[str, Any]) -> None:
+        """Build the net."""
+        self._trainer = self._build(params)
+        self._inherited = False
+        self._constants: dict[str, float] = {"num_parameters": self._trainer.net.num_parameters()}
+        if self._measure_latency:
+            self._constants[EAGER_LATENCY_MS] = eager_latency_ms(self._trainer)
+
+    def advance(self) -> Mapping[str, Any]:
         """Train one epoch."""
         metrics = self._trainer.run_epoch()
-        passed = sum(metrics["epoch"] >= rung for rung in self._rungs)
-        return {
-            **metrics,
-            # 0 before the first rung, then 1, f, f² …: what ASHA counts in.
-            "rung_count": self._reduction_factor ** (passed - 1) if passed else 0,
-            "num_parameters": self._trainer.net.num_parameters(),
-            "done": metrics["epoch"] >= self._rungs[-1],
-        }
+        return {**metrics, **self._constants, "done": metrics["epoch"] >= self._rungs[-1]}
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Start over with another configuration in the same process."""
-        self._trainer = self._build(new_config)
-        self._inherited = False
-        return True
+    def state(self) -> bytes:
+        """Return the state of training."""
+        return _saved(
+            {
+                "training": self._trainer.state_dict(),
+                "train_config": asdict(self._trainer.train_config),
+                "inherited": self._inherited,
+            }
+        )
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Write the net and the state of training."""
+    def load(self, state: bytes) -> None:
+        """Go on from a state."""
+        content = torch.load(io.BytesIO(state), map_location=self._device, weights_only=True)
+        self._trainer.load_state_dict(content["training"])
+        # Of another configuration in population-based training: this one alone, trained again,
+        # does not lead to these weights.
+        config = asdict(self._trainer.train_config)
+        self._inherited = content["inherited"] or content["train_config"] != config
+
+    def artifacts(self, is_best: bool) -> Mapping[str, bytes]:
+        """Return the net of the best epoch, as it is recorded and registered."""
+        if not is_best:
+            return {}
         content = {
             **self._trainer.checkpoint(),
             "environment": describe(self._device),
             "inherited": self._inherited,
         }
-        torch.save(content, Path(checkpoint_dir) / MODEL_FILE)
-        torch.save(self._trainer.state_dict(), Path(checkpoint_dir) / STATE_FILE)
-
-    def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
-        """Go on where `save_checkpoint` stopped."""
-        model, state = (
-            torch.load(Path(checkpoint_dir) / name, map_location=self._device, weights_only=True)
-            for name in (MODEL_FILE, STATE_FILE)
-        )
-        self._trainer.load_state_dict(state)
-        # Of another configuration in population-based training: this one alone, trained again,
-        # does not lead to these weights.
-        config = asdict(self._trainer.train_config)
-        self._inherited = model.get("inherited", False) or model["train_config"] != config
+        return {MODEL_FILE: _saved(content)}
 
     def _build(self, config: Mapping[str, Any]) -> Trainer:
         return Trainer(
@@ -124,3 +128,24 @@ def examples(split: Split) -> Examples:
             images_NHWC=torch.from_numpy(split.images_NHWC),
             labels_N=torch.from_numpy(split.labels_N),
         )
+
+
+def eager_latency_ms(trainer: Trainer) -> float:
+    """Return the median time of one image through the net, in milliseconds."""
+    config = trainer.model_config
+    shape = (1, config.height, config.width, config.channels)
+    image_NHWC = torch.zeros(shape, dtype=torch.uint8, device=trainer.device)
+    taken_s = []
+    trainer.net.eval()
+    with torch.inference_mode():
+        for _ in range(_LATENCY_CALLS):
+            start_s = time.perf_counter()
+            trainer.net(image_NHWC).argmax().item()
+            taken_s.append(time.perf_counter() - start_s)
+    return statistics.median(taken_s) * 1000
+
+
+def _saved(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
