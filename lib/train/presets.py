@@ -37,7 +37,7 @@ def preset_experiment(
         early_stopping=Named(scheduler),
         num_trials=preset.num_trials,
         time_budget_s=preset.time_budget_s,
-        first_guesses=() if sampler == "grid" else (first_guess(preset),),
+        first_guesses=() if sampler == "grid" else first_guesses(preset),
         additional_metrics=("val_loss", "train_loss", "num_parameters"),
         seed=preset.seed,
     )
@@ -48,23 +48,38 @@ def search_space(preset: Preset) -> tuple[Parameter, ...]:
     return (
         Parameter(name="stage_width", kind=DISCRETE, values=preset.widths),
         Parameter(name="depth", kind=DISCRETE, values=preset.depths),
-        Parameter(name="learning_rate", kind=DOUBLE, low=0.03, high=0.3, distribution=LOG_UNIFORM),
+        Parameter(name="growth", kind=DISCRETE, values=preset.growths),
+        Parameter(
+            name="learning_rate",
+            kind=DOUBLE,
+            low=preset.learning_rates[0],
+            high=preset.learning_rates[1],
+            distribution=LOG_UNIFORM,
+        ),
         Parameter(name="weight_decay", kind=DOUBLE, low=1e-4, high=2e-3, distribution=LOG_UNIFORM),
         Parameter(name="label_smoothing", kind=DOUBLE, low=0.0, high=0.15, step=0.05),
-        Parameter(name="augmentation", kind=DOUBLE, low=0.0, high=1.0, step=0.25),
+        Parameter(
+            name="augmentation",
+            kind=DOUBLE,
+            low=preset.augmentations[0],
+            high=preset.augmentations[1],
+            step=0.25,
+        ),
     )
 
 
-def first_guess(preset: Preset) -> Mapping[str, Value]:
-    """Return the configuration that every sweep tries first: known to train well."""
-    return {
+def first_guesses(preset: Preset) -> tuple[Mapping[str, Value], ...]:
+    """Return the configurations that a sweep tries first: known to train well."""
+    usual: Mapping[str, Value] = {
         "stage_width": max(preset.widths),
         "depth": min(preset.depths),
+        "growth": max(preset.growths),
         "learning_rate": 0.1,
         "weight_decay": 5e-4,
         "label_smoothing": 0.1,
         "augmentation": 0.5,
     }
+    return tuple({**usual, **guess} for guess in preset.first_guesses or ({},))
 
 
 def _on_grid(parameter: Parameter) -> Parameter:

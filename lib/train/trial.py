@@ -31,7 +31,7 @@ _LATENCY_CALLS = 30
 class Trial(SweepTrial):
     """Trains one configuration of Rayline's own nets, an epoch a step."""
 
-    FIXED = frozenset({"stage_width", "depth"})
+    FIXED = frozenset({"stage_width", "depth", "growth"})
 
     def prepare(
         self,
@@ -98,7 +98,10 @@ class Trial(SweepTrial):
     def _build(self, config: Mapping[str, Any]) -> Trainer:
         return Trainer(
             ModelConfig.from_manifest(
-                self._manifest, stage_width=config["stage_width"], depth=config["depth"]
+                self._manifest,
+                stage_width=config["stage_width"],
+                depth=config["depth"],
+                growth=config["growth"],
             ),
             train_config(config, rungs=self._rungs, seed=self._seed),
             train=self._examples["train"],

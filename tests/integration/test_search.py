@@ -25,7 +25,7 @@ from lib.registry.trials import CHECKPOINT_PATH, ranked_trials
 from lib.storage import Storage
 from lib.train.experiment import DISCRETE, MAXIMIZE, MINIMIZE, Experiment, Objective, Parameter
 from lib.train.model import ConvNet, ModelConfig
-from lib.train.presets import first_guess, preset_experiment, search_space
+from lib.train.presets import first_guesses, preset_experiment, search_space
 from lib.train.resources import trial_resources
 from lib.train.search import SweepResult, run_sweep
 from lib.train.trial import EAGER_LATENCY_MS
@@ -179,7 +179,7 @@ def only_rates(preset: Preset, *rates: float) -> Experiment:
             Parameter(name=p.name, kind=DISCRETE, values=rates) if p.name == "learning_rate" else p
             for p in experiment.parameters
         ),
-        first_guesses=({**first_guess(preset), "learning_rate": rates[0]},),
+        first_guesses=({**first_guesses(preset)[0], "learning_rate": rates[0]},),
     )
 
 

@@ -129,6 +129,16 @@ def test_a_trial_that_diverges_says_so() -> None:
         training.run_epoch()
 
 
+def test_without_validation_images_it_trains_the_same_and_measures_training_alone() -> None:
+    with_val = trainer()
+    without = Trainer(MODEL, with_val.train_config, train=bars(640, 1))
+    with_val.run_epoch()
+    metrics = without.run_epoch()
+    assert bits(without.net) == bits(with_val.net)
+    assert metrics["train_loss"] > 0
+    assert not any(name.startswith("val_") for name in metrics)
+
+
 def test_fewer_images_than_a_batch_are_trained_on() -> None:
     few = bars(5, 1)
     training = Trainer(MODEL, TrainConfig(rungs=(1,)), train=few, val=few)
