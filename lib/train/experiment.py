@@ -29,6 +29,8 @@ class Objective:
     """`maximize` or `minimize`."""
     target: float | None = None
     """The search ends once a trial reaches this."""
+    by_last: bool = False
+    """A trial's last report is its result, not its best one."""
 
     def __post_init__(self) -> None:
         """Refuse a goal that is neither."""
