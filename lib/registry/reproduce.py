@@ -22,7 +22,7 @@ from mlflow.entities import Run
 
 from lib.cli import progress
 from lib.config import Settings
-from lib.data.assemble import set_digest
+from lib.data.assemble import content_digest
 from lib.data.direct import check_data
 from lib.data.manifest import Manifest, load_manifest
 from lib.errors import DataError, RefusedError, RegistryError
@@ -123,7 +123,7 @@ def _load(file: Path, version: Version) -> dict[str, Any]:
 
 def _check_data(storage: Storage, version: Version) -> Manifest:
     manifest = load_manifest(storage, version.data_digest)
-    digest = set_digest(manifest.shape, manifest.class_names, manifest.split_digests)
+    digest = content_digest(manifest.shape, manifest.class_names, manifest.split_digests)
     if digest != version.data_digest:
         raise DataError(
             f"the manifest of data set {version.data_digest} was changed: its content is that of "

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.data.assemble import set_digest
+from lib.data.assemble import content_digest
 from lib.data.direct import check_data, read_split
 from lib.data.manifest import SPLITS, Manifest, Preprocess, Shard, manifest_path
 from lib.data.shards import row_ids, split_digest, to_parquet
@@ -60,7 +60,7 @@ def manifest(storage: Storage) -> Manifest:
             )
     digests = {split: split_digest(row_ids(IMAGES[split]), LABELS[split]) for split in SPLITS}
     made = Manifest(
-        digest=set_digest(SHAPE, NAMES, digests),
+        digest=content_digest(SHAPE, NAMES, digests),
         source="made",
         source_digests={},
         height=SHAPE[0],
