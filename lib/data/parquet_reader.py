@@ -130,7 +130,7 @@ def pictures(column: pa.Array, shape: Shape, mode: str, path: str, row: int) -> 
         if (*decoded.shape[:2], found_mode) != (*shape[:2], mode):
             raise DataError(
                 f"mixed image sizes or colour modes: {where} is {decoded.shape[0]}×"
-                f"{decoded.shape[1]} {found_mode}, the first of the set {shape[0]}×{shape[1]} {mode}"
+                f"{decoded.shape[1]} {found_mode}, the first row {shape[0]}×{shape[1]} {mode}"
             )
         images[index] = decoded
     return images

@@ -1,6 +1,6 @@
 """Parquet files of images and labels: how large sets come.
 
-An image is raw pixels (fixed-size binary), or a PNG or JPEG file's bytes (binary, or the struct with
+An image is raw pixels (fixed-size binary), or a PNG or JPEG file (binary, or the struct with
 `bytes` that the Hugging Face hub writes); a label is a whole number or a class name.
 """
 
@@ -36,7 +36,7 @@ _MAX_CHUNKS_PER_GROUP = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParquetSource:
-    """DIR/*.parquet; what a file's folder or the start of its name says is its split, else train."""
+    """DIR/*.parquet; a file's folder or the start of its name says its split, else train."""
 
     name: str
     root: Storage
@@ -190,7 +190,7 @@ def _first_picture(root: Storage, path: str) -> Shape:
     if first is None or not first.num_rows:
         raise DataError(f"{path}: no rows; remove the file")
     value = first.column(0)[0].as_py()
-    body = value.get("bytes") if isinstance(value, dict) else value
+    body: Any = value.get("bytes") if isinstance(value, dict) else value
     try:
         pixels, mode = decode(body)
     except (*DECODE_ERRORS, TypeError) as error:

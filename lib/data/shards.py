@@ -109,7 +109,7 @@ def row_ids(images: Images) -> RowIds:
     """Return the BLAKE2b-128 of every image's pixels, (N, 16): the same image, the same id."""
     blake2b = hashlib.blake2b
     rows = np.ascontiguousarray(images).reshape(len(images), -1)
-    digests = b"".join([blake2b(row, digest_size=ROW_ID_BYTES).digest() for row in rows])
+    digests = b"".join([blake2b(row.data, digest_size=ROW_ID_BYTES).digest() for row in rows])
     return np.frombuffer(digests, dtype=np.uint8).reshape(-1, ROW_ID_BYTES)
 
 
@@ -174,7 +174,7 @@ def count_values(values: Images) -> npt.NDArray[np.int64]:
     whole = flat.size - flat.size % 4
     counts = np.bincount(flat[whole:], minlength=256)
     if whole:
-        four = Image.frombuffer("RGBA", (whole // 4, 1), flat[:whole].data, "raw", "RGBA", 0, 1)
+        four = Image.frombuffer("RGBA", (whole // 4, 1), flat[:whole], "raw", "RGBA", 0, 1)
         counts += np.array(four.histogram(), dtype=np.int64).reshape(4, 256).sum(axis=0)
     return counts
 

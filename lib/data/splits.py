@@ -35,7 +35,7 @@ def stratified(labels: Labels, fraction: float, seed: int) -> npt.NDArray[np.boo
     wanted = np.minimum(np.maximum(np.rint(counts * fraction), 1), np.maximum(counts - 1, 0))
     hashes = row_hash(labels.size, seed)
     chosen = np.zeros(labels.size, dtype=np.bool_)
-    # Hashes of different rows differ, so the smallest are the same in whatever order they are found.
+    # Hashes of different rows differ, so the smallest are the same in whatever order.
     by_class = np.argsort(
         labels.astype(np.uint16) if counts.size <= 2**16 else labels, kind="stable"
     )

@@ -1,4 +1,4 @@
-"""Shuffled batches of a split that need not fit in memory: what training reads a large set through."""
+"""Shuffled batches of a split that need not fit in memory: training reads large sets by it."""
 
 from __future__ import annotations
 
@@ -120,9 +120,7 @@ def read_shard(storage: Storage, shard: Shard) -> pa.Table:
             f"{shard.path} at {storage.uri} is damaged: its SHA-256 is not the manifest's; "
             "delete it and run jobs.ingest again with the source"
         )
-    table = pq.read_table(
-        pa.BufferReader(content), columns=["image", "label"], use_threads=False
-    )
+    table = pq.read_table(pa.BufferReader(content), columns=["image", "label"], use_threads=False)
     if table.num_rows != shard.rows:
         raise DataError(f"{shard.path} has {table.num_rows} rows, the manifest says {shard.rows}")
     return table

@@ -14,10 +14,10 @@ from lib.config import Settings
 from lib.data.manifest import Manifest
 from lib.errors import RefusedError
 from lib.registry.external import External, Understood
+from lib.registry.publish import REFUSED_TAG
 from lib.registry.trials import Trial
 
 _KIND = "external"
-_REFUSED_TAG = "rayline.refused"
 _TAG_LETTERS = 5000
 
 
@@ -50,7 +50,7 @@ def closed_run(client: MlflowClient, run_id: str) -> Iterator[None]:
     try:
         yield
     except RefusedError as error:
-        client.set_tag(run_id, _REFUSED_TAG, str(error)[:_TAG_LETTERS])
+        client.set_tag(run_id, REFUSED_TAG, str(error)[:_TAG_LETTERS])
         client.set_terminated(run_id, "FAILED")
         raise
     client.set_terminated(run_id, "FINISHED")

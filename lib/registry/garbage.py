@@ -69,11 +69,18 @@ class Collector:
             found = [
                 *self._logged_models(experiments, {version.model_id for version in versions}),
                 *self._checkpoints(experiments, {version.run_id for version in versions}),
-                *self._bundles({(v.name, int(v.version), v.run_id) for v in versions}),
-                *self._steps(experiments),
-                *self._tune_state(),
+                *self._sweep_state(),
                 *self._half_written(),
             ]
+            kept = {bundle_path(v.name, int(v.version), v.run_id) for v in versions if v.run_id}
+            bundles = self._folders("models", depth=2)
+            if kept & set(bundles) or not bundles:
+                found += [*self._bundles(bundles, kept), *self._steps(experiments)]
+            else:
+                notes.append(
+                    f"bundles and steps were left alone: {self.settings.mlflow_uri} has no version "
+                    "of any of them; is MLFLOW_TRACKING_URI the server of this storage?"
+                )
         try:
             found += self._code()
         except ServingError:
@@ -136,12 +143,14 @@ class Collector:
             remove=remove,
         )
 
-    def _bundles(self, versions: set[tuple[str, int, str]]) -> Iterator[Garbage]:
+    def _bundles(
+        self, bundles: Mapping[str, tuple[int, float]], registered: set[str]
+    ) -> Iterator[Garbage]:
         served = policy.current(self.storage)
-        kept = {bundle_path(name, number, run_id) for name, number, run_id in versions if run_id}
+        kept = set(registered)
         for traffic in served.models.values() if served else ():
             kept |= set(traffic.bundles.values())
-        for path, (size_bytes, newest_s) in self._folders("models", depth=2).items():
+        for path, (size_bytes, newest_s) in bundles.items():
             if path not in kept and self._is_old(newest_s, self.grace_s):
                 why = "no version, and nothing that is served, has it"
                 yield self._folder("bundle", path, why, size_bytes)
@@ -157,9 +166,10 @@ class Collector:
             if sweep not in there and self._is_old(info.mtime.timestamp(), self.grace_s):
                 yield self._file("step", path, f"MLflow has no sweep {sweep}", info.size or 0)
 
-    def _tune_state(self) -> Iterator[Garbage]:
-        for path, (size_bytes, newest_s) in self._folders("tune", depth=1).items():
-            if self._is_old(newest_s, self.tune_grace_s):
+    def _sweep_state(self) -> Iterator[Garbage]:
+        """What trials of a sweep that never ended would go on from; its journal is kept."""
+        for path, (size_bytes, newest_s) in self._folders("sweeps", depth=2).items():
+            if not path.endswith("/journal") and self._is_old(newest_s, self.tune_grace_s):
                 days = (self.now_s - newest_s) / 86400
                 why = f"state of a sweep that stopped {days:.0f} days ago"
                 yield self._folder("sweep state", path, why, size_bytes)

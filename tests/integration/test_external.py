@@ -69,10 +69,10 @@ class Data:
 def data(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Data:
     folder = tmp_path_factory.mktemp("external")
     storage = Storage(str(folder / "storage"))
-    manifest = ingest(storage, str(write_files(folder / "source", idx_files(1500, 400))))
+    manifest = ingest(storage, str(write_files(folder / "source", idx_files(3000, 400))))
     splits = read_splits(storage, manifest, ["train", "test"])
     train = splits["train"]
-    linear = LogisticRegression(C=0.05, tol=1e-2, max_iter=500)
+    linear = LogisticRegression(C=0.2, tol=1e-3, max_iter=1000)
     linear.fit(train.images_NHWC.reshape(-1, PIXELS) / 255.0, train.labels_N)
     return Data(storage=storage, manifest=manifest, test=splits["test"], linear=linear)
 

@@ -445,7 +445,8 @@ def test_garbage_is_listed_first_then_removed_and_nothing_else_is(shelf: Shelf) 
     storage.write(f"models/{MODEL}/9-deadbeef/model.onnx", b"x" * 1000)
     storage.write_json("steps/tune/0.json", {"result": {"sweep_run_id": "gone"}})
     storage.write_json("steps/tune/1.json", {"result": {"sweep_run_id": shelf.sweep}})
-    storage.write("tune/smoke-0/tuner.pkl", b"state")
+    storage.write("sweeps/0/trials/0/state", b"state")
+    storage.write("sweeps/0/journal.jsonl", b"{}")
     storage.write("code/0.zip", b"code")
     Path(storage.path("traffic/.tmp-0-0.json")).write_bytes(b"half")
     expected = {
@@ -453,7 +454,7 @@ def test_garbage_is_listed_first_then_removed_and_nothing_else_is(shelf: Shelf) 
         ("checkpoint", shelf.trials[3]),
         ("bundle", f"models/{MODEL}/9-deadbeef"),
         ("step", "steps/tune/0.json"),
-        ("sweep state", "tune/smoke-0"),
+        ("sweep state", "sweeps/0/trials"),
         ("half-written", "traffic/.tmp-0-0.json"),
     }
 
@@ -479,7 +480,7 @@ def test_garbage_is_listed_first_then_removed_and_nothing_else_is(shelf: Shelf) 
     assert gone == {
         f"models/{MODEL}/9-deadbeef/model.onnx",
         "steps/tune/0.json",
-        "tune/smoke-0/tuner.pkl",
+        "sweeps/0/trials/0/state",
     }
     assert not Path(storage.path("traffic/.tmp-0-0.json")).exists()
     assert client.list_artifacts(shelf.trials[3], "checkpoint") == []
@@ -488,6 +489,14 @@ def test_garbage_is_listed_first_then_removed_and_nothing_else_is(shelf: Shelf) 
     ]
     entry = best(leaderboard(shelf.settings, storage), 1)
     assert fetch(shelf.settings, str(entry.version), Path(storage.root).parent / "still")["onnx"]
+
+
+def test_bundles_stay_when_mlflow_is_another_s(shelf: Shelf, tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write("models/elsewhere/1-0123abcd/model.onnx", b"x")
+    content = collect(shelf.settings, storage, remove=True, grace_s=0, tune_grace_s=0)
+    assert storage.exists("models/elsewhere/1-0123abcd/model.onnx")
+    assert any("MLFLOW_TRACKING_URI" in note for note in content["notes"])
 
 
 def test_a_server_that_is_away_is_said_at_once(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -13,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from lib.data.assemble import content_digest
 from lib.data.direct import check_data, read_split
-from lib.data.manifest import SPLITS, Manifest, Preprocess, Shard, manifest_path
-from lib.data.shards import row_ids, split_digest, to_parquet
+from lib.data.loader import Split
+from lib.data.manifest import SPLITS, Manifest
 from lib.errors import DataError
 from lib.registry.verdict import compare
 from lib.storage import Storage
 from lib.train.loop import TrainConfig
 from lib.train.model import ModelConfig
 from lib.train.retrain import retrain
+from tests.unit.data_sets import write_set
 
 SHAPE = (8, 6, 1)
 NAMES = ("dark", "bright", "noisy")
@@ -44,39 +43,8 @@ def storage(tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def manifest(storage: Storage) -> Manifest:
-    """A data set of two shards a split."""
-    shards = []
-    for split in SPLITS:
-        for part in np.array_split(np.arange(ROWS[split]), 2):
-            images, labels = IMAGES[split][part], LABELS[split][part]
-            content = to_parquet(images, labels, row_ids(images))
-            sha256 = hashlib.sha256(content).hexdigest()
-            path = f"data/shards/{sha256[:32]}.parquet"
-            storage.write(path, content)
-            shards.append(
-                Shard(
-                    split=split, path=path, rows=len(part), sha256=sha256, size_bytes=content.size
-                )
-            )
-    digests = {split: split_digest(row_ids(IMAGES[split]), LABELS[split]) for split in SPLITS}
-    made = Manifest(
-        digest=content_digest(SHAPE, NAMES, digests),
-        source="made",
-        source_digests={},
-        height=SHAPE[0],
-        width=SHAPE[1],
-        channels=SHAPE[2],
-        class_names=NAMES,
-        counts={split: tuple(np.bincount(LABELS[split]).tolist()) for split in SPLITS},
-        split_digests=digests,
-        pixel_mean=(0.5,),
-        pixel_std=(0.25,),
-        preprocess=Preprocess(mode="L", fill=(0,)),
-        shards=tuple(shards),
-        seed=0,
-    )
-    storage.write_json(manifest_path(made.digest), made.to_json())
-    return made
+    splits = {split: Split(images_NHWC=IMAGES[split], labels_N=LABELS[split]) for split in SPLITS}
+    return write_set(storage, splits, NAMES)
 
 
 def test_splits_are_read_in_order_and_checked(storage: Storage, manifest: Manifest) -> None:
