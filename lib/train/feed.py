@@ -70,9 +70,7 @@ class Feed:
             best_epoch=trial.best_epoch,
             epoch=trial.epoch,
             time_ms=event["time_ms"],
-            files={
-                path: partial(self.kept, trial, name) for name, path in self._artifacts.items()
-            },
+            files={path: partial(self.kept, trial, name) for name, path in self._artifacts.items()},
         )
 
     def kept(self, trial: TrialState, name: str) -> bytes | None:

@@ -115,11 +115,14 @@ def _for_command(file: KatibExperiment) -> KatibSearch:
             "it falls behind (asynchronous successive halving); none is run again for longer"
         )
     template, resources, template_notes = command_template(file, strategies, constants)
-    by_last = strategies[spec.objective.objective_metric_name] != _best(spec.objective)
+    settles = strategies[spec.objective.objective_metric_name] == _best(spec.objective)
     return KatibSearch(
         experiment=replace(
             experiment,
-            objectives=tuple(replace(each, by_last=by_last) for each in experiment.objectives),
+            # A command's reports hold what counts so far, so the last one is the whole result.
+            objectives=tuple(
+                replace(each, by_last=True, settles=settles) for each in experiment.objectives
+            ),
         ),
         template=template,
         resources=resources,

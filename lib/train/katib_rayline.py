@@ -78,9 +78,7 @@ def is_epochs(name: str, placeholders: Mapping[str, str]) -> bool:
     return any(_lookup(each, SETTINGS) == EPOCHS for each in names)
 
 
-def most_epochs(
-    parameters: Sequence[Parameter], settings: Mapping[str, Value]
-) -> int | None:
+def most_epochs(parameters: Sequence[Parameter], settings: Mapping[str, Value]) -> int | None:
     """Return the epochs of the longest trial; None if the file does not say."""
     if EPOCHS in settings:
         return int(settings[EPOCHS])

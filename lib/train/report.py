@@ -117,7 +117,7 @@ class SweepReport(tune.Callback):
             self._end(self._state(trial), FAILED, result[FAILURE])
         elif result.get(ENDS):
             self._end(self._state(trial), FINISHED, "trained to the end")
-        elif reached(self._experiment.objective, result):
+        elif self._experiment.objective.settles and reached(self._experiment.objective, result):
             self._end(self._state(trial), STOPPED, "reached the target")
         else:
             self._end(self._state(trial), STOPPED, "stopped at a rung")
@@ -212,10 +212,10 @@ class Limits(tune.Stopper):
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Take note of a report; end the trial that reached the target.
 
-        Where a trial's last report counts, none before its end can reach it.
+        Where what is reached may be lost again, the trial's end decides.
         """
         objective = self._experiment.objective
-        now = not objective.by_last and reached(objective, result)
+        now = objective.settles and reached(objective, result)
         self._reached |= now
         return now
 

@@ -87,7 +87,9 @@ def alive(pid: int) -> bool:
 def test_a_report_for_every_value_of_the_objective(
     desk: Desk, started: Callable[..., CommandTrial]
 ) -> None:
-    trial = started(script("echo loss=3 accuracy=.5; echo loss=$1; echo loss = 2; echo accuracy=.9"))
+    trial = started(
+        script("echo loss=3 accuracy=.5; echo loss=$1; echo loss = 2; echo accuracy=.9")
+    )
     first, second, third, last = reports(trial)
     assert [report[REPORT] for report in (first, second, third, last)] == [1, 2, 3, 4]
     assert (first["loss"], second["loss"], third["loss"]) == (3, 0.5, 0.5), "the least so far"
@@ -152,7 +154,7 @@ def test_a_line_that_is_no_json_fails_the_trial(started: Callable[..., CommandTr
 
 
 def test_a_trial_that_is_stopped_leaves_no_process_and_no_file(
-    started: Callable[..., CommandTrial]
+    started: Callable[..., CommandTrial],
 ) -> None:
     trial = started(script("sleep 600 & echo $! loss=1; wait"))
     trial.step()
@@ -167,7 +169,7 @@ def test_a_trial_that_is_stopped_leaves_no_process_and_no_file(
 
 def test_a_program_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from lib.train.process_group import ProcessGroup;"
+        "import os, sys; from lib.train.process_group import ProcessGroup;"
         "log = open(sys.argv[1], 'wb');"
         "ProcessGroup(['/bin/sh', '-c', 'echo $$; exec sleep 600'], env=dict(os.environ), cwd=None,"
         " output=log).wait(600)"
@@ -184,7 +186,7 @@ def test_a_program_ends_with_the_process_that_started_it(tmp_path: Path) -> None
 
 
 def test_a_trial_that_takes_more_memory_than_its_limit_fails(
-    started: Callable[..., CommandTrial]
+    started: Callable[..., CommandTrial],
 ) -> None:
     last = reports(started(script("sleep 600", memory_bytes=1000)))[-1]
     assert "more than its limit of 1,000" in last[FAILED]

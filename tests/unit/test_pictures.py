@@ -112,7 +112,9 @@ def test_parameters_lie_on_their_axes(tmp_path: Path) -> None:
     (lines,) = axes.collections
     segments = lines.get_segments()
     assert len(segments) == 12
-    assert all(len(segment) == 4 and np.all((segment >= 0) & (segment <= 3)) for segment in segments)
+    assert all(
+        len(segment) == 4 and np.all((segment >= 0) & (segment <= 3)) for segment in segments
+    )
     assert segments[-1][-1][1] == 1.0, "the best one ends on top, and is drawn last"
     names = [label.get_text() for label in axes.get_xticklabels()]
     assert names[0] == "learning\nrate"

@@ -298,7 +298,9 @@ def reports(progress: Progress, number: int, *values: float) -> None:
 def test_the_best_report_of_a_trial_counts_or_its_last_one(
     storage: Storage, by_last: bool, value: float, epoch: int
 ) -> None:
-    objective = Objective(metric="score", goal=MAXIMIZE, target=0.8, by_last=by_last)
+    objective = Objective(
+        metric="score", goal=MAXIMIZE, target=0.8, by_last=by_last, settles=not by_last
+    )
     experiment = replace(SMOOTH, objectives=(objective,))
     _, progress, study = progress_of(storage, experiment)
     limits = Limits(progress, experiment, SimpleNamespace(error=None))
@@ -313,7 +315,7 @@ def test_the_best_report_of_a_trial_counts_or_its_last_one(
 
 
 def test_a_last_report_at_the_target_ends_the_sweep(storage: Storage) -> None:
-    objective = Objective(metric="score", goal=MAXIMIZE, target=0.8, by_last=True)
+    objective = Objective(metric="score", goal=MAXIMIZE, target=0.8, by_last=True, settles=False)
     experiment = replace(SMOOTH, objectives=(objective,))
     _, progress, _ = progress_of(storage, experiment)
     limits = Limits(progress, experiment, SimpleNamespace(error=None))
