@@ -45,17 +45,15 @@ def draw(
     """
     shown = [drawn(trial) for trial in trials]
     results = [trial for trial in shown if trial.metrics]
-    objective = experiment.objective
+    objective, step = experiment.objective, "epoch" if by_epochs else "report"
     makers: dict[str, Callable[[], Figure | None]] = {
         "curves": lambda: (
-            pictures.curves(shown, objective, "epoch" if by_epochs else "report")
-            if any(trial.curve for trial in shown)
-            else None
+            pictures.curves(shown, objective, step) if any(trial.curve for trial in shown) else None
         ),
-        "importance": lambda: _importance(experiment, trials),
+        "importance": lambda: _importance(experiment, trials, step),
         "parallel_coordinates": lambda: (
             pictures.parallel_coordinates(results, experiment.parameters, objective)
-            if results and experiment.parameters
+            if results and any(map(pictures.varies, experiment.parameters))
             else None
         ),
         "pareto": lambda: (
@@ -81,7 +79,7 @@ def draw(
 
 
 def comparable(
-    trials: Sequence[TrialState], metric: str
+    trials: Sequence[TrialState], metric: str, step: str = "epoch"
 ) -> tuple[list[tuple[TrialState, float]], str]:
     """Return results that can be compared with each other, with their trials, and what they are.
 
@@ -90,7 +88,7 @@ def comparable(
     """
     with_result = [trial for trial in trials if trial.best and trial.ended != FAILED]
     if all(trial.ended == FINISHED for trial in with_result):
-        return [(trial, trial.best[metric]) for trial in with_result], "best value"
+        return [(trial, trial.best[metric]) for trial in with_result], "result"
     at: dict[int, list[tuple[TrialState, float]]] = {}
     for trial in with_result:
         for epoch, _, metrics in trial.rungs:
@@ -99,7 +97,7 @@ def comparable(
     epochs = [epoch for epoch, found in at.items() if len(found) >= enough]
     if not epochs:
         return [], ""
-    return at[max(epochs)], f"value after {max(epochs)}"
+    return at[max(epochs)], f"at {step} {max(epochs)}"
 
 
 def importance(
@@ -129,15 +127,15 @@ def importance(
         return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
 
 
-def _importance(experiment: Experiment, trials: Sequence[TrialState]) -> Figure | None:
+def _importance(experiment: Experiment, trials: Sequence[TrialState], step: str) -> Figure | None:
     metric = experiment.objective.metric
-    observations, what = comparable(trials, metric)
+    observations, what = comparable(trials, metric, step)
     varied = {str(trial.sampled["drawn"]) for trial, _ in observations}
     different = {value for _, value in observations}
     if min(len(observations), len(varied)) < _MIN_OBSERVATIONS or len(different) < 2:
         return None
     shares = importance(experiment, observations)
-    of = f"{pictures.readable(metric)}, {what}, of {len(observations)} trials (fANOVA)"
+    of = f"{pictures.readable(metric)}, {what}, {len(observations)} trials, by fANOVA"
     return pictures.importance(shares, of) if shares else None
 
 

@@ -31,6 +31,7 @@ _INK, _MUTED, _GRID = "#24292f", "#8c959f", "#e6e9ec"
 _BLUE, _ORANGE = "#0072b2", "#d55e00"
 _MAX_NAMED_CLASSES = 40
 _MAX_COUNTED_CLASSES = 16
+_SPREAD = 0.012
 _MAX_TICKS = 6
 """On an axis of parallel coordinates with values in a list."""
 
@@ -56,9 +57,10 @@ def curves(trials: Sequence[Drawn], objective: Objective, x_name: str = "epoch")
 
     figure, axes = _figure(7.2, 4.2)
     best = best_of(trials, objective)
-    alpha = max(0.25, min(0.8, 8 / max(1, len(trials))))
+    alpha = max(0.35, min(0.8, 8 / max(1, len(trials))))
     # One entry of the legend stands for all trials of a kind; the best one is drawn on top.
-    for stopped, colour, kind in ((True, _MUTED, "stopped early"), (False, _BLUE, "to the end")):
+    kinds = ((True, _MUTED, "others, stopped early"), (False, _BLUE, "others, to the end"))
+    for stopped, colour, kind in kinds:
         found = [t for t in trials if t.stopped == stopped and t is not best and t.curve]
         for index, trial in enumerate(found):
             label = f"{kind} ({len(found)})" if index == 0 else None
@@ -97,27 +99,31 @@ def importance(shares: Mapping[str, float], of: str) -> Figure:
 def parallel_coordinates(
     trials: Sequence[Drawn], parameters: Sequence[Parameter], objective: Objective
 ) -> Figure:
-    """Draw every trial as a line through its parameters to the objective, coloured by that."""
+    """Draw every trial as a line through its parameters to the objective, coloured by that.
+
+    A parameter of one value is left out.
+    """
     from matplotlib import colormaps
     from matplotlib.collections import LineCollection
 
     shown = [trial for trial in trials if trial.metrics]
     results = [trial.metrics[objective.metric] for trial in shown]
-    scales = [_ParameterScale(parameter) for parameter in parameters]
+    scales = [_ParameterScale(parameter) for parameter in parameters if varies(parameter)]
     last = _ResultScale(results, objective)
     figure, axes = _figure(max(7.2, 1.25 * (len(scales) + 1)), 4.6)
+    # Of the same values lines would cover each other: they are spread a little.
+    spread = np.linspace(-_SPREAD, _SPREAD, len(shown)) if len(shown) > 1 else [0.0]
     rows = [
-        [*(s.place(t.params.get(s.name)) for s in scales), last.place(result)]
-        for t, result in zip(shown, results, strict=True)
+        [*(s.place(t.params.get(s.name)) + s.is_list * aside for s in scales), last.place(result)]
+        for t, result, aside in zip(shown, results, spread, strict=True)
     ]
     # The best ones last, on top.
     order = np.argsort([row[-1] if objective.goal == MAXIMIZE else 1 - row[-1] for row in rows])
-    colours = colormaps["viridis_r"]
     lines = [list(enumerate(rows[index])) for index in order]
-    ranks = np.linspace(0.08, 0.9, len(lines)) if len(lines) > 1 else [0.9]
+    blues = [colormaps["Blues"](rank) for rank in np.linspace(0.25, 0.95, len(lines))]
     widths = [1.1] * (len(lines) - 1) + [2.6]
     axes.add_collection(
-        LineCollection(lines, colors=[colours(r) for r in ranks], linewidths=widths, alpha=0.85)
+        LineCollection(lines, colors=[*blues[:-1], _ORANGE], linewidths=widths, alpha=0.9)
     )
     for position, scale in enumerate([*scales, last]):
         _scale_axis(axes, position, scale.ticks())
@@ -130,13 +136,16 @@ def parallel_coordinates(
     axes.tick_params(length=0)
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
-    _title(axes, f"Parameters of {_count(len(shown), 'trial')}", "darker is better, bold the best")
+    _title(
+        axes, f"Parameters of {_count(len(shown), 'trial')}", "darker is better, orange the best"
+    )
     return figure
 
 
 def pareto(trials: Sequence[Drawn], front: set[int], objectives: Sequence[Objective]) -> Figure:
     """Draw the first objective against each other one; `front` are numbers of trials."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     first, *others = objectives
     shown = [trial for trial in trials if trial.metrics]
@@ -159,6 +168,8 @@ def pareto(trials: Sequence[Drawn], front: set[int], objectives: Sequence[Object
             place = (trial.metrics[other.metric], trial.metrics[first.metric])
             axes.annotate(str(trial.number), place, xytext=(5, -10), textcoords="offset points",
                           fontsize=8, color=_INK)  # fmt: skip
+        axes.margins(0.09)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         _format(axes.yaxis, first.metric)
         _format(axes.xaxis, other.metric)
         axes.set_xlabel(f"{_escaped(readable(other.metric))} ({_better(other)})")
@@ -175,6 +186,8 @@ def confusion(counts: Sequence[Sequence[int]], class_names: Sequence[str], of: s
 
     What is right would drown what is wrong in one scale of colours: only errors are coloured.
     """
+    from matplotlib.colors import LinearSegmentedColormap
+
     counts_KK = np.asarray(counts)
     num_classes, right = len(class_names), int(np.trace(counts_KK))
     total = int(counts_KK.sum())
@@ -185,18 +198,19 @@ def confusion(counts: Sequence[Sequence[int]], class_names: Sequence[str], of: s
     figure, axes = _figure(side + 0.8, side)
     axes.set_facecolor("#dce9f5")
     most = float(np.nanmax(shares_KK)) if num_classes > 1 else 0.0
-    image = axes.imshow(shares_KK, cmap="Oranges", vmin=0.0, vmax=max(most, 1e-9))
+    colours = LinearSegmentedColormap.from_list("errors", ["white", "#f0a868", _ORANGE])
+    image = axes.imshow(shares_KK, cmap=colours, vmin=0.0, vmax=max(most, 1e-9))
     colour_bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02)
     colour_bar.ax.yaxis.set_major_formatter(lambda share, _: f"{share:.1%}")
     colour_bar.ax.tick_params(labelsize=8)
     colour_bar.set_label("of the class taken for another", fontsize=8, color=_INK)
     colour_bar.outline.set_visible(False)  # type: ignore[operator]
-    axes.grid(False)
+    _cells(axes, num_classes)
     if num_classes <= _MAX_COUNTED_CLASSES:
         for row, column in np.ndindex(num_classes, num_classes):
             count = counts_KK[row, column]
             if count:
-                dark = row != column and shares_KK[row, column] > 0.6 * most
+                dark = row != column and shares_KK[row, column] > 0.8 * most
                 axes.text(column, row, f"{count}", ha="center", va="center", fontsize=8,
                           color="white" if dark else _INK)  # fmt: skip
     if num_classes <= _MAX_NAMED_CLASSES:
@@ -212,6 +226,11 @@ def confusion(counts: Sequence[Sequence[int]], class_names: Sequence[str], of: s
     wrong = _count(total - right, "error")
     _title(axes, f"{wrong} on {total:,} images ({right / max(total, 1):.2%} right)", of)
     return figure
+
+
+def varies(parameter: Parameter) -> bool:
+    """Whether a parameter has more than one value."""
+    return len(parameter.values) > 1 or parameter.low != parameter.high
 
 
 def png(figure: Figure) -> bytes:
@@ -250,6 +269,7 @@ class _ParameterScale:
     def __init__(self, parameter: Parameter) -> None:
         self.name = parameter.name
         self._values = list(parameter.values)
+        self.is_list = bool(self._values) or parameter.step is not None
         self._log = parameter.distribution in (LOG_UNIFORM, LOG_NORMAL)
         self._low, self._high = parameter.low or 0.0, parameter.high or 0.0
 
@@ -344,7 +364,7 @@ def _value_axis(axes: Axes, objective: Objective, values: Sequence[float]) -> No
 
 def _format(axis: Any, metric: str) -> None:
     if metric.endswith("accuracy"):
-        axis.set_major_formatter(lambda value, _: f"{value * 100:.4g} %")
+        axis.set_major_formatter(lambda value, _: f"{value * 100:.4g}%")
     elif metric.startswith("num_"):
         axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
@@ -356,6 +376,17 @@ def _scale_axis(axes: Axes, position: int, ticks: Sequence[tuple[float, str]]) -
                       textcoords="offset points", color=_INK, zorder=4,
                       bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8},
                       )  # fmt: skip
+
+
+def _cells(axes: Axes, num_classes: int) -> None:
+    """Draw the lines between the cells of a matrix."""
+    axes.grid(False)
+    edges = np.arange(num_classes + 1) - 0.5
+    axes.set_xticks(edges, minor=True)
+    axes.set_yticks(edges, minor=True)
+    if num_classes <= _MAX_NAMED_CLASSES:
+        axes.grid(which="minor", color=_GRID, linewidth=0.6)
+    axes.tick_params(which="minor", length=0)
 
 
 def _wrapped(name: str) -> str:

@@ -342,7 +342,7 @@ def test_median_stopping_never_pauses(storage: Storage) -> None:
     scheduler: Any = build_scheduler(experiment, progress, num_rungs=0, fixed=frozenset())
     waiting = SimpleNamespace(get_live_trials=lambda: [SimpleNamespace(status="PENDING")])
     inner = scheduler._inner
-    assert inner._on_insufficient_samples(waiting, SimpleNamespace(trial_id="a"), 9) == "CONTINUE"
+    assert inner._on_insufficient_samples(waiting, "a trial", 9) == "CONTINUE"
     assert inner._grace_period == 4
 
 

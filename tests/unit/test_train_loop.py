@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -184,10 +185,11 @@ def test_a_state_of_another_config_is_trained_on_by_this_one() -> None:
     """As in population-based training, which changes a configuration and keeps the weights."""
     donor = trainer(weight_decay=0.0, momentum=0.5)
     donor.run_epoch()
+    state = copy.deepcopy(donor.state_dict())
     changed = trainer(weight_decay=0.3, momentum=0.8)
-    changed.load_state_dict(donor.state_dict())
+    changed.load_state_dict(copy.deepcopy(state))
     same = trainer(weight_decay=0.0, momentum=0.5)
-    same.load_state_dict(donor.state_dict())
+    same.load_state_dict(state)
     for training in (donor, changed, same):
         training.run_epoch()
     assert bits(same.net) == bits(donor.net)
