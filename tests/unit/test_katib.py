@@ -401,7 +401,7 @@ def test_limits_and_strategies(load: Callable[..., KatibSearch]) -> None:
         ([setting("maxTrialCount", 2)], "parallelTrialCount=3 is more than maxTrialCount=2"),
         ([lambda spec: spec.pop("maxTrialCount")], "the search has no end"),
         ([setting("resumePolicy", "Sometimes")], "spec.resumePolicy"),
-        ([lambda spec: spec["trialTemplate"]["trialParameters"].pop()], "momentum reach no placeholder"),
+        ([lambda spec: spec["trialTemplate"]["trialParameters"].pop()], "reach no placeholder"),
         ([lambda spec: spec["trialTemplate"].update(configMap={})], "configMap is refused"),
         ([job(kind="TFJob")], "TFJob is refused"),
         ([lambda spec: spec["trialTemplate"].update(successCondition="x")], "successCondition"),
@@ -543,7 +543,9 @@ PUBLISHED: dict[str, tuple[list[Change], str, str]] = {
         [algorithm("tpe"), objective(additionalMetricNames=["accuracy"], metricStrategies=[
             {"name": "accuracy", "value": "max"}, {"name": "loss", "value": "min"}])],
         "", "max of accuracy"),
-    "metrics-collector/custom-metrics-collector": ([collector("Custom")], "Custom is refused", ""),
+    "metrics-collector/custom-metrics-collector": (
+        [setting("metricsCollectorSpec", {"collector": {"kind": "Custom", "customCollector": {}}})],
+        "customCollector is refused", "customCollector is refused"),
     "resume-experiment/from-volume-resume": ([setting("resumePolicy", "FromVolume")], "", ""),
     "resume-experiment/long-running-resume": ([setting("resumePolicy", "LongRunning")], "", ""),
     "trial-template/trial-metadata-substitution": ([marks], "", ""),
