@@ -125,7 +125,8 @@ def parallel_coordinates(
     axes.add_collection(
         LineCollection(lines, colors=[*blues[:-1], _ORANGE], linewidths=widths, alpha=0.9)
     )
-    for position, scale in enumerate([*scales, last]):
+    all_scales: list[_ParameterScale | _ResultScale] = [*scales, last]
+    for position, scale in enumerate(all_scales):
         _scale_axis(axes, position, scale.ticks())
     names = [*(_wrapped(scale.name) for scale in scales), _wrapped(objective.metric)]
     axes.set_xticks(range(len(names)), names, fontsize=9)
@@ -158,8 +159,12 @@ def pareto(trials: Sequence[Drawn], front: set[int], objectives: Sequence[Object
             label = f"{'on the front' if on_front else 'beaten'} ({len(some)})"
             x, y = ([trial.metrics[o.metric] for trial in some] for o in (other, first))
             axes.scatter(x, y, s=size, color=colour, label=label, alpha=0.9, linewidths=0)
-        best = [trial for trial in shown if trial.number in front]
-        best.sort(key=lambda trial, by=other.metric: trial.metrics[by])
+        by_other = sorted(
+            (trial.metrics[other.metric], trial.number, trial)
+            for trial in shown
+            if trial.number in front
+        )
+        best = [trial for _, _, trial in by_other]
         if len(others) == 1 and best:
             x, y = ([trial.metrics[o.metric] for trial in best] for o in (other, first))
             where: Any = "post" if other.goal != MAXIMIZE else "pre"
@@ -204,7 +209,7 @@ def confusion(counts: Sequence[Sequence[int]], class_names: Sequence[str], of: s
     colour_bar.ax.yaxis.set_major_formatter(lambda share, _: f"{share:.1%}")
     colour_bar.ax.tick_params(labelsize=8)
     colour_bar.set_label("of the class taken for another", fontsize=8, color=_INK)
-    colour_bar.outline.set_visible(False)  # type: ignore[operator]
+    colour_bar.outline.set_visible(False)
     _cells(axes, num_classes)
     if num_classes <= _MAX_COUNTED_CLASSES:
         for row, column in np.ndindex(num_classes, num_classes):
