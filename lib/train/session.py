@@ -154,8 +154,8 @@ class Session:
         files = {"pareto.json": json.dumps(table, indent=2)}
         record.close(metrics, failed=failure is not None, files=files)
         record.check()
-        if draw:
-            record.attach(self._pictures(ranked, front))
+        if draw and (pictures := self._pictures(ranked, front)):
+            record.attach(pictures)
         self._tidy()
         if failure is not None:
             raise SearchError(
