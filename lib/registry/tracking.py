@@ -229,6 +229,19 @@ class SweepRecord:
         )
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
+    def attach(self, files: Mapping[str, bytes]) -> None:
+        """Add to the sweep's run, also after its end, what it is whole without.
+
+        `files` are by their path among the run's artifacts. What MLflow does not take is said.
+        """
+        try:
+            self._client = connect(self._settings)
+            for path, content in files.items():
+                self._upload(self._sweep.run_id, path, content)
+        # Whatever it is, nothing that counts is lost.
+        except Exception as error:
+            progress("tracking", f"WARNING: MLflow did not take {', '.join(files)}: {_told(error)}")
+
     def check(self) -> None:
         """Raise RegistryError if anything was not written."""
         where = f"the record of sweep {self._sweep.run_id} at {self._settings.mlflow_uri}"

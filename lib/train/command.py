@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lib.errors import SearchError
 from lib.train.collector import CollectorConfig
@@ -42,6 +43,18 @@ class CommandTemplate:
     collector: CollectorConfig
     memory_bytes: int | None = None
     """A trial whose processes hold more than this is ended; None sets no limit."""
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> CommandTemplate:
+        """Rebuild a template from what `asdict` and JSON made of it."""
+        collector = {**content["collector"], "filters": tuple(content["collector"]["filters"])}
+        return cls(
+            **{
+                **content,
+                "arguments": tuple(content["arguments"]),
+                "collector": CollectorConfig(**collector),
+            }
+        )
 
     def render(self, params: Mapping[str, Value], trial_name: str, folder: str) -> Command:
         """Return the command of one trial.

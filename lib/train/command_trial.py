@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -54,7 +55,7 @@ class CommandTrial(SweepTrial):
         self._collector = Collector(config=self._template.collector)
         self._reports: deque[dict[str, Any]] = deque()
         self._last: dict[str, Any] = {}
-        self._logged_s = time.monotonic()
+        self._logged_s = -math.inf
         self._memory_s = 0.0
         self._done = False
         self._tail = _Tail(Path(command.metrics_file) if command.metrics_file else self._log)
@@ -62,6 +63,13 @@ class CommandTrial(SweepTrial):
 
     def advance(self) -> dict[str, Any]:
         """Wait for the next value of the objective, or for the program's end."""
+        try:
+            return self._advance()
+        except SearchError:
+            self._done = True
+            raise
+
+    def _advance(self) -> dict[str, Any]:
         assert self._group is not None
         while not self._reports:
             # The end first: what was written before it is then read below.
@@ -76,8 +84,8 @@ class CommandTrial(SweepTrial):
         self._last = self._reports.popleft()
         return self._last
 
-    def artifacts(self) -> dict[str, bytes]:
-        """Return the log, now and then and at the end."""
+    def artifacts(self, is_best: bool) -> dict[str, bytes]:
+        """Return the log: with the first report, now and then, and at the end."""
         now_s = time.monotonic()
         if self._folder is None or not (self._done or now_s - self._logged_s > _LOG_EVERY_S):
             return {}

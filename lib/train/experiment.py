@@ -31,6 +31,8 @@ class Objective:
     """The search ends once a trial reaches this."""
     by_last: bool = False
     """A trial's last report is its result, not its best one."""
+    settles: bool = True
+    """Whether a target that a report has reached stays reached, whatever the trial reports next."""
 
     def __post_init__(self) -> None:
         """Refuse a goal that is neither."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 from lib.registry.tracking import Ending, SweepRecord
 from lib.storage import Storage
@@ -69,18 +70,15 @@ class Feed:
             best_epoch=trial.best_epoch,
             epoch=trial.epoch,
             time_ms=event["time_ms"],
-            files={path: self._reader(trial, name) for name, path in self._artifacts.items()},
+            files={path: partial(self.kept, trial, name) for name, path in self._artifacts.items()},
         )
 
-    def _reader(self, trial: TrialState, name: str) -> Callable[[], bytes | None]:
+    def kept(self, trial: TrialState, name: str) -> bytes | None:
+        """Return a file that a trial keeps; None if there is none, or no more."""
         storage: Storage = self._desk.storage
-
-        def read() -> bytes | None:
-            # The best epoch may have been that of an earlier attempt.
-            for attempt in reversed(trial.attempts):
-                path = self._desk.file(attempt, name)
-                if storage.exists(path):
-                    return storage.read(path)
-            return None
-
-        return read
+        # The best epoch may have been that of an earlier attempt.
+        for attempt in reversed(trial.attempts):
+            path = self._desk.file(attempt, name)
+            if storage.exists(path):
+                return storage.read(path)
+        return None

@@ -31,7 +31,13 @@ from lib.train.experiment import (
     Value,
 )
 from lib.train.katib_algorithms import HYPERBAND, PBT
-from lib.train.katib_rayline import rayline_metric, rayline_parameters, rayline_settings
+from lib.train.katib_rayline import (
+    is_epochs,
+    most_epochs,
+    rayline_metric,
+    rayline_parameters,
+    rayline_settings,
+)
 from lib.train.katib_schema import (
     FeasibleSpace,
     KatibExperiment,
@@ -41,6 +47,7 @@ from lib.train.katib_schema import (
     read_file,
 )
 from lib.train.katib_template import Resources, command_template
+from lib.train.space import grid_values
 
 COMMAND, RAYLINE = "command", "rayline"
 TRAINABLES = (COMMAND, RAYLINE)
@@ -59,6 +66,8 @@ class KatibSearch:
     """Of Rayline's training: what the file fixes, `epochs` foremost."""
     rungs: tuple[int, ...] = ()
     """Epochs of Rayline's training at which trials are compared; none: the preset's."""
+    most_epochs: int | None = None
+    """Of Rayline's training: the epochs of the longest trial; None: the preset's."""
     notes: tuple[str, ...] = ()
     """What works in another way than under Kubernetes, for people."""
 
@@ -106,11 +115,14 @@ def _for_command(file: KatibExperiment) -> KatibSearch:
             "it falls behind (asynchronous successive halving); none is run again for longer"
         )
     template, resources, template_notes = command_template(file, strategies, constants)
-    by_last = strategies[spec.objective.objective_metric_name] != _best(spec.objective)
+    settles = strategies[spec.objective.objective_metric_name] == _best(spec.objective)
     return KatibSearch(
         experiment=replace(
             experiment,
-            objectives=tuple(replace(each, by_last=by_last) for each in experiment.objectives),
+            # A command's reports hold what counts so far, so the last one is the whole result.
+            objectives=tuple(
+                replace(each, by_last=True, settles=settles) for each in experiment.objectives
+            ),
         ),
         template=template,
         resources=resources,
@@ -121,18 +133,26 @@ def _for_command(file: KatibExperiment) -> KatibSearch:
 def _for_rayline(file: KatibExperiment) -> KatibSearch:
     spec, objective = file.spec, file.spec.objective
     experiment = _experiment(file)
-    if (strategy := _strategies(objective)[objective.objective_metric_name]) != _best(objective):
-        raise ConfigError(
-            f"spec.objective.metricStrategies: {strategy} of {objective.objective_metric_name}: "
-            f"Rayline keeps the model of a trial's best epoch; write {_best(objective)}"
-        )
-    settings: dict[str, Value] = {}
+    _check_best_epoch(objective)
     rungs: tuple[int, ...] = ()
+    notes = [
+        "trials train Rayline's own nets; the template's command and metrics collector are not used"
+    ]
+    placeholders = {each.reference: each.name for each in spec.trial_template.trial_parameters}
     if experiment.algorithm.name == HYPERBAND:
+        resource = experiment.algorithm.settings["resource_name"]
+        if not is_epochs(resource, placeholders):
+            raise ConfigError(
+                f"spec.algorithm hyperband: resource_name={resource!r} is not Rayline's epochs, "
+                "the one resource that its trials can be given more of"
+            )
         experiment, rungs = _hyperband_rungs(experiment)
     if experiment.algorithm.name == PBT:
         experiment = _pbt(experiment)
-    placeholders = {each.reference: each.name for each in spec.trial_template.trial_parameters}
+        notes.append(
+            f"pbt: a population of {experiment.num_trials} trials lives through the rungs of the "
+            "preset as its generations; no trial is made anew for one"
+        )
     parameters = rayline_parameters(experiment.parameters, placeholders)
     parameters, settings = rayline_settings(parameters)
     return KatibSearch(
@@ -147,11 +167,25 @@ def _for_rayline(file: KatibExperiment) -> KatibSearch:
         template=None,
         settings=settings,
         rungs=rungs,
-        notes=(
-            "trials train Rayline's own nets; the template's command and metrics collector "
-            "are not used",
-        ),  # fmt: skip
+        most_epochs=most_epochs(parameters, settings),
+        notes=tuple(notes),
     )
+
+
+def _check_best_epoch(objective: ObjectiveSpec) -> None:
+    """Refuse strategies under which another epoch than the best one would count."""
+    best = _best(objective)
+    for strategy in objective.metric_strategies:
+        if strategy.name != objective.objective_metric_name:
+            raise ConfigError(
+                f"spec.objective.metricStrategies: {strategy.value} of {strategy.name}: of metrics "
+                "that are not searched by, Rayline records every epoch; take it out"
+            )
+        if strategy.value != best:
+            raise ConfigError(
+                f"spec.objective.metricStrategies: {strategy.value} of {strategy.name}: Rayline "
+                f"keeps the model of a trial's best epoch; write {best}"
+            )
 
 
 def _experiment(file: KatibExperiment) -> Experiment:
@@ -256,8 +290,6 @@ def _num_trials(spec: Spec, algorithm: Named, parameters: Sequence[Parameter]) -
         return spec.max_trial_count
     if algorithm.name != "grid":
         raise ConfigError("spec.maxTrialCount is missing: without it the search has no end")
-    from lib.train.space import grid_values
-
     return math.prod(len(grid_values(parameter)) for parameter in parameters)
 
 

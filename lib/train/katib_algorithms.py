@@ -51,6 +51,13 @@ def _share(text: str) -> float:
     return value
 
 
+def _tail(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 0.5:
+        raise ValueError(f"{value} does not lie above 0 and at most at 0.5")
+    return value
+
+
 def _spread(text: str) -> float:
     value = float(text)
     if not value > 0.0:
@@ -88,7 +95,7 @@ _ALGORITHMS: Mapping[str, Mapping[str, Callable[[str], Any]]] = {
     HYPERBAND: {**_SEED, "eta": _factor, "r_l": _resource, "resource_name": _text},
     PBT: {
         "n_population": _positive,
-        "truncation_threshold": _share,
+        "truncation_threshold": _tail,
         "resample_probability": _share,
         "suggestion_trial_dir": _text,
     },

@@ -9,7 +9,7 @@ from lib.errors import ConfigError
 from lib.train.experiment import CATEGORICAL, DOUBLE, Parameter, Value
 
 EPOCHS = "epochs"
-_WHOLE = ("stage_width", "depth", "batch_size", EPOCHS)
+_WHOLE = ("stage_width", "depth", "growth", "batch_size", EPOCHS)
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     "learning_rate": ("learningrate", "lr"),
     "weight_decay": ("weightdecay", "wd", "l2"),
@@ -17,6 +17,7 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "augmentation": ("augmentation", "augmentationstrength"),
     "stage_width": ("stagewidth", "width", "channels"),
     "depth": ("depth", "stagedepth"),
+    "growth": ("growth",),
     "batch_size": ("batchsize",),
     "momentum": ("momentum",),
     EPOCHS: ("epochs", "numepochs", "numberepochs", "nepochs"),
@@ -28,6 +29,7 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "train_loss": ("trainloss", "trainingloss"),
     "num_parameters": ("numparameters",),
     "images_per_s": ("imagespers",),
+    "eager_latency_ms": ("eagerlatencyms", "latency", "latencyms"),
 }
 
 
@@ -68,6 +70,22 @@ def rayline_settings(
         else:
             varied.append(parameter)
     return tuple(varied), fixed
+
+
+def is_epochs(name: str, placeholders: Mapping[str, str]) -> bool:
+    """Whether a parameter is the number of epochs, by its own name or the template's."""
+    names = (name, placeholders.get(name, name))
+    return any(_lookup(each, SETTINGS) == EPOCHS for each in names)
+
+
+def most_epochs(parameters: Sequence[Parameter], settings: Mapping[str, Value]) -> int | None:
+    """Return the epochs of the longest trial; None if the file does not say."""
+    if EPOCHS in settings:
+        return int(settings[EPOCHS])
+    found = next((parameter for parameter in parameters if parameter.name == EPOCHS), None)
+    if found is None:
+        return None
+    return int(max(map(float, found.values)) if found.values else found.high or 1)
 
 
 def rayline_metric(name: str) -> str:

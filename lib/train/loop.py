@@ -181,10 +181,16 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of a trainer with the same configs."""
+        """Go on from a state of a trainer of the same net; how it is trained is this config's."""
         self.epoch = state["epoch"]
         self.net.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+        # The optimizer's state brings the settings it was made with, which may be another trial's.
+        for group, weight_decay in zip(
+            self._optimizer.param_groups, (self.train_config.weight_decay, 0.0), strict=True
+        ):
+            group["weight_decay"] = weight_decay
+            group["momentum"] = self.train_config.momentum
         self._generator.set_state(state["generator"].cpu())
 
     def checkpoint(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ FINISHED, STOPPED, FAILED, CUT = "finished", "stopped", "failed", "cut"
 """How a trial ends: trained to its end, stopped early, failed, cut off with the whole sweep."""
 ASKED, STARTED, REPORTED, CHANGED, ENDED = "asked", "started", "reported", "changed", "ended"
 RUN, RECORDED, SESSION, CLOSED = "run", "recorded", "session", "closed"
+REOPENED = "reopened"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,8 +34,10 @@ class TrialState:
     num_reports: int = 0
     epoch: int = 0
     """Of the last report."""
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    """Epoch and first objective of every report."""
     best: dict[str, float] = field(default_factory=dict)
-    """All metrics of the report with the best objective."""
+    """All metrics of the report with the best objective, or of the last one if that counts."""
     best_epoch: int = 0
     ended: str | None = None
     why: str = ""
@@ -101,8 +104,8 @@ class Progress:
             return
         if kind not in (RUN, RECORDED):  # The search does not wait for these.
             self._sessions[-1] = (self._sessions[-1][0], event["time_ms"])
-        if kind == CLOSED:
-            self.closed = True
+        if kind in (CLOSED, REOPENED):
+            self.closed = kind == CLOSED
             return
         number = event["trial"]
         if kind == ASKED:
@@ -134,8 +137,10 @@ class Progress:
         trial.epoch, trial.num_reports = event["epoch"], event["report"]
         if event["rung"] is not None:
             trial.rungs.append((trial.epoch, event["rung"], event["metrics"]))
-        if not trial.best or better(self._objective, event["metrics"], trial.best):
-            trial.best, trial.best_epoch = event["metrics"], trial.epoch
+        objective, metrics = self._objective, event["metrics"]
+        trial.curve.append((trial.epoch, metrics[objective.metric]))
+        if not trial.best or objective.by_last or better(objective, metrics, trial.best):
+            trial.best, trial.best_epoch = metrics, trial.epoch
 
 
 def better(objective: Objective, these: Mapping[str, float], those: Mapping[str, float]) -> bool:

@@ -117,6 +117,8 @@ class SweepReport(tune.Callback):
             self._end(self._state(trial), FAILED, result[FAILURE])
         elif result.get(ENDS):
             self._end(self._state(trial), FINISHED, "trained to the end")
+        elif self._experiment.objective.settles and reached(self._experiment.objective, result):
+            self._end(self._state(trial), STOPPED, "reached the target")
         else:
             self._end(self._state(trial), STOPPED, "stopped at a rung")
 
@@ -192,9 +194,7 @@ class Limits(tune.Stopper):
         self._progress = progress
         self._experiment = experiment
         self._report = report
-        self._reached = progress.best is not None and reached(
-            experiment.objective, progress.best.best
-        )
+        self._reached = False
 
     @property
     def why(self) -> str | None:
@@ -204,13 +204,18 @@ class Limits(tune.Stopper):
         limit = self._experiment.max_failed_trials
         if limit is not None and self._progress.num_failed > limit:
             return f"more than {limit} trials failed"
-        if self._reached:
+        best = self._progress.best
+        if self._reached or (best and reached(self._experiment.objective, best.best)):
             return f"the target of {self._experiment.objective.target} was reached"
         return None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Take note of a report; end the trial that reached the target."""
-        now = reached(self._experiment.objective, result)
+        """Take note of a report; end the trial that reached the target.
+
+        Where what is reached may be lost again, the trial's end decides.
+        """
+        objective = self._experiment.objective
+        now = objective.settles and reached(objective, result)
         self._reached |= now
         return now
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
+
+from lib.errors import SearchError
 
 _SETTLE_S = 2.0
 
@@ -50,6 +52,39 @@ def trial_resources(gpus_per_trial: float) -> TrialResources:
     )
 
 
+def asked_resources(cpus: float | None, gpus: float | None) -> TrialResources:
+    """Return what every trial asks for, whatever is free; with neither, a share of that.
+
+    Raises SearchError if no node has as much.
+    """
+    if cpus is None and gpus is None:
+        return trial_resources(0.0)
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return granted(cpus=cpus, gpus=gpus or 0.0, nodes=nodes, free=_settled_resources())
+
+
+def granted(
+    *,
+    cpus: float | None,
+    gpus: float,
+    nodes: Sequence[Mapping[str, float]],
+    free: Mapping[str, float],
+) -> TrialResources:
+    """Return how many trials of this size there is room for now, at least one.
+
+    Raises SearchError if none of the nodes could hold one.
+    """
+    asked = {"CPU": 1.0 if cpus is None else cpus, "GPU": gpus}
+    if not any(all(node.get(kind, 0.0) >= asked[kind] for kind in asked) for node in nodes):
+        raise SearchError(
+            f"a trial asks for {asked['CPU']:g} CPU and {asked['GPU']:g} GPU, and no node of the "
+            "cluster has as much; ask for less under `resources`"
+        )
+    rooms = [free.get(kind, 0.0) / asked[kind] for kind in asked if asked[kind]]
+    num_parallel = math.floor(min(rooms) + 1e-6) if rooms else len(nodes)
+    return TrialResources(cpus=asked["CPU"], gpus=gpus, num_parallel=max(1, num_parallel))
+
+
 def _settled_resources() -> Mapping[str, float]:
     """Return what is free once it has stopped growing.
 
@@ -82,7 +117,7 @@ def share(
     # Some node has at least the mean free, so a request of at most that can't wait for ever.
     cpus = math.floor(min(1.0, per_node / slots) * 100) / 100
     num_parallel = math.floor(free_cpus / cpus + 1e-6) if cpus else 1
-    if free_gpus:
+    if free_gpus and gpus_per_trial:
         by_gpu = max(1, math.floor(free_gpus / gpus_per_trial + 1e-6))
         return TrialResources(
             cpus=cpus, gpus=gpus_per_trial, num_parallel=min(by_gpu, max(1, num_parallel))

@@ -68,7 +68,7 @@ class Study:
         self._experiment = experiment
         self._name = sampler_name(experiment.algorithm.name)
         self._arguments, self._seed = _arguments(experiment.algorithm, experiment.seed)
-        self.space = Space(experiment.parameters, grid=self._name == "grid")
+        self.space = study_space(experiment)
         self.num_trials = experiment.num_trials
         if self._name == "grid":
             self.num_trials = min(self.num_trials, self.space.size)
@@ -194,6 +194,12 @@ class _Sobol(QMCSampler):
 
     def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
         return dict(self._space.distributions)
+
+
+def study_space(experiment: Experiment) -> Space:
+    """Return what the sampler of an experiment draws from."""
+    is_grid = sampler_name(experiment.algorithm.name) == "grid"
+    return Space(experiment.parameters, grid=is_grid)
 
 
 def sampler_name(algorithm: str) -> str:

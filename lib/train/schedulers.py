@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -167,13 +168,15 @@ def scheduler_of(experiment: Experiment) -> Named:
     return Named(name, named.settings)
 
 
-def rung_counts(named: Named, num_rungs: int) -> tuple[int, ...]:
+def rung_counts(named: Named, rungs: Sequence[int]) -> tuple[int, ...]:
     """Return the time that each rung counts as, so that the scheduler's own rungs are these.
 
     ASHA's lie at powers of its factor f. Hyperband's brackets sum them up: 1, 1 + f, …, at most
-    f to the number of rungs less one.
+    f to the number of rungs less one. Median stopping counts in epochs, as its settings do.
     """
-    factor = _factor(named)
+    if named.name == "medianstopping":
+        return tuple(rungs)
+    factor, num_rungs = _factor(named), len(rungs)
     powers = [factor**rung for rung in range(num_rungs)]
     if named.name == "hyperband":
         return tuple(min(sum(powers[: rung + 1]), powers[-1]) for rung in range(num_rungs))
@@ -206,7 +209,12 @@ def build_scheduler(
         kind: Any = ASHAScheduler if named.name == "asha" else HyperBandScheduler
         inner = kind(**common, **{"reduction_factor": REDUCTION_FACTOR, **arguments})
     elif named.name == "medianstopping":
-        inner = MedianStoppingRule(**common, **{"grace_period": 1, **arguments})
+        inner = MedianStoppingRule(
+            **common,
+            # Never pause a trial until others catch up: a command would have to start again.
+            min_time_slice=math.inf,
+            **{"grace_period": 1, **arguments},
+        )
     elif named.name == "pbt":
         free = [parameter for parameter in experiment.parameters if parameter.name not in fixed]
         if not free:

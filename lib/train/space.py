@@ -74,7 +74,7 @@ class Space:
             return self._lists[name][int(drawn)]
         parameter = self.parameters[name]
         if parameter.kind == CATEGORICAL:
-            return drawn  # type: ignore[no-any-return]
+            return drawn
         assert parameter.low is not None
         assert parameter.high is not None
         value = float(drawn)

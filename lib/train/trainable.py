@@ -62,7 +62,7 @@ class _Standing:
     num_reports: int = 0
     epoch: int = 0
     best: float | None = None
-    """First objective of the best report."""
+    """First objective of the best report, or of the last one if that counts."""
 
 
 class SweepTrial(tune.Trainable):
@@ -83,8 +83,9 @@ class SweepTrial(tune.Trainable):
     - `load(state)`: called after `begin` where there is such a state.
     - `artifacts(is_best)`: files, by name, that belong on the trial's run in MLflow and are to be
       kept with this report; a later file replaces one of the same name. `is_best` tells whether
-      no earlier report of the trial had as good a first objective. Where on the run each name
-      goes is the `Work`'s to say.
+      no earlier report of the trial had as good a first objective; it is called once more, with
+      False, when a trial fails or ends with nothing new. Where on the run each name goes is the
+      `Work`'s to say.
     - `end()`: the trial is over, early or not; the last call before the next `begin`.
 
     An exception from `begin`, `load` or `advance` fails this trial, with its text as the reason,
@@ -142,7 +143,7 @@ class SweepTrial(tune.Trainable):
             report = self._complete(self.advance())
         # Whatever a trial raises is the trial's; the process and the sweep go on.
         except Exception as error:
-            return {FAILED: described(error), "done": True}
+            report = {FAILED: described(error), "done": True}
         try:
             self._keep(report)
         except StorageError as error:
@@ -226,19 +227,23 @@ class SweepTrial(tune.Trainable):
 
     def _keep(self, report: Mapping[str, Any]) -> None:
         if REPORT not in report:
+            self._keep_files(is_best=False)
             return
         objective = self._desk.objectives[0]
         value = float(report[objective.metric])
         sign = 1 if objective.goal == MAXIMIZE else -1
-        is_best = self._standing.best is None or sign * value > sign * self._standing.best
-        self._standing.best = value if is_best else self._standing.best
-        write = self._desk.storage.write
-        for name, content in self.artifacts(is_best).items():
-            write(self._desk.file(self.trial_id, name), content)
+        best = self._standing.best
+        is_best = best is None or objective.by_last or sign * value > sign * best
+        self._standing.best = value if is_best else best
+        self._keep_files(is_best)
         state = None if report["done"] else self.state()
         if state is not None:
             head = {"report": dict(report), "best": self._standing.best}
-            write(self._desk.file(self.trial_id, _STATE), pack(head, state))
+            self._desk.storage.write(self._desk.file(self.trial_id, _STATE), pack(head, state))
+
+    def _keep_files(self, is_best: bool) -> None:
+        for name, content in self.artifacts(is_best).items():
+            self._desk.storage.write(self._desk.file(self.trial_id, name), content)
 
 
 def described(error: Exception) -> str:

@@ -17,7 +17,7 @@ from lib.data.manifest import Manifest
 from lib.train.augment import Augmentation
 from lib.train.environment import describe
 from lib.train.loop import Examples, TrainConfig, Trainer
-from lib.train.model import ModelConfig
+from lib.train.model import ConvNet, ModelConfig
 from lib.train.trainable import SweepTrial
 
 MODEL_FILE = "model.pt"
@@ -26,12 +26,13 @@ EAGER_LATENCY_MS = "eager_latency_ms"
 """Metric: milliseconds that the net takes for one image in eager PyTorch, on the trial's share of
 the machine. Not the latency of the exported model, which is measured when it is registered."""
 _LATENCY_CALLS = 30
+_CONFUSION_BATCH = 500
 
 
 class Trial(SweepTrial):
     """Trains one configuration of Rayline's own nets, an epoch a step."""
 
-    FIXED = frozenset({"stage_width", "depth", "growth"})
+    FIXED = frozenset({"stage_width", "depth", "growth", "epochs"})
 
     def prepare(
         self,
@@ -39,13 +40,18 @@ class Trial(SweepTrial):
         manifest: Manifest,
         splits: Mapping[str, Split],
         rungs: tuple[int, ...],
+        settings: Mapping[str, Any] | None = None,
         num_threads: int = 1,
         train_seed: int = 0,
         measure_latency: bool = False,
     ) -> None:
-        """Take the data, which all trials share, to the device once."""
+        """Take the data, which all trials share, to the device once.
+
+        `settings` are those parameters that are the same in every trial.
+        """
         self._manifest = manifest
         self._rungs = rungs
+        self._settings = dict(settings or {})
         self._seed = train_seed
         self._measure_latency = measure_latency
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,7 +69,8 @@ class Trial(SweepTrial):
     def advance(self) -> Mapping[str, Any]:
         """Train one epoch."""
         metrics = self._trainer.run_epoch()
-        return {**metrics, **self._constants, "done": metrics["epoch"] >= self._rungs[-1]}
+        done = metrics["epoch"] >= self._trainer.train_config.rungs[-1]
+        return {**metrics, **self._constants, "done": done}
 
     def state(self) -> bytes:
         """Return the state of training."""
@@ -95,7 +102,8 @@ class Trial(SweepTrial):
         }
         return {MODEL_FILE: _saved(content)}
 
-    def _build(self, config: Mapping[str, Any]) -> Trainer:
+    def _build(self, params: Mapping[str, Any]) -> Trainer:
+        config = {**self._settings, **params}
         return Trainer(
             ModelConfig.from_manifest(
                 self._manifest,
@@ -111,14 +119,22 @@ class Trial(SweepTrial):
 
 
 def train_config(params: Mapping[str, Any], *, rungs: tuple[int, ...], seed: int) -> TrainConfig:
-    """Return how a trial with these parameters of the search space is trained."""
+    """Return how a trial with these parameters of the search space is trained.
+
+    A trial of its own number of `epochs` shares the rungs before them with all others.
+    """
+    epochs = int(params.get("epochs", rungs[-1]))
+    if epochs < 1:
+        raise ValueError(f"epochs={epochs} must be at least 1")
+    optional = {name: params[name] for name in ("momentum", "batch_size") if name in params}
     return TrainConfig(
-        rungs=rungs,
+        rungs=(*(rung for rung in rungs if rung < epochs), epochs),
         learning_rate=params["learning_rate"],
         weight_decay=params["weight_decay"],
         label_smoothing=params["label_smoothing"],
         augmentation=Augmentation(strength=params["augmentation"]),
         seed=seed,
+        **optional,
     )
 
 
@@ -131,6 +147,21 @@ def examples(split: Split) -> Examples:
             images_NHWC=torch.from_numpy(split.images_NHWC),
             labels_N=torch.from_numpy(split.labels_N),
         )
+
+
+def confusion(model_file: bytes, split: Split) -> list[list[int]]:
+    """Return how many images of each true class a kept model takes for each class."""
+    content = torch.load(io.BytesIO(model_file), map_location="cpu", weights_only=True)
+    config = ModelConfig.from_dict(content["model_config"])
+    net = ConvNet(config).eval()
+    net.load_state_dict(content["model"])
+    given = examples(split)
+    with torch.inference_mode():
+        found = [net(part).argmax(dim=1) for part in given.images_NHWC.split(_CONFUSION_BATCH)]
+    num_classes = config.num_classes
+    pairs = given.labels_N * num_classes + torch.cat(found)
+    counts = torch.bincount(pairs, minlength=num_classes**2)
+    return [list(map(int, row)) for row in counts.view(num_classes, num_classes)]
 
 
 def eager_latency_ms(trainer: Trainer) -> float:

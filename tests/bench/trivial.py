@@ -59,7 +59,8 @@ def sweep_seconds(settings: Settings, storage: Storage, num_trials: int) -> dict
     work = Work(kind="trivial", spec={}, trainable=NothingTrial, shared=lambda resources: {})
     started = time.perf_counter()
     started_ms = time.time() * 1000
-    result = run_sweep(settings, storage, experiment, work)
+    # Pictures are drawn when a sweep has ended, once, however many trials it has.
+    result = run_sweep(settings, storage, experiment, work, draw=False)
     taken_s = time.perf_counter() - started
     if len(result.trials) != num_trials:
         raise BenchError(f"{len(result.trials)} of {num_trials} trivial trials left a result")

@@ -26,6 +26,8 @@ PURE = (
     "lib.train.model",
     "lib.train.augment",
     "lib.train.loop",
+    "lib.train.experiment",
+    "lib.train.pictures",
     "lib.registry.gaps",
     "lib.train.environment",
     "lib.train.retrain",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import yaml
 from lib.errors import ConfigError, SearchError
 from lib.train.experiment import Parameter
 from lib.train.katib import COMMAND, RAYLINE, KatibSearch, load_experiment
+from lib.train.samplers import Study
+from lib.train.schedulers import SCHEDULERS, scheduler_of
 
 TEMPLATE = """
 apiVersion: kubeflow.org/v1beta1
@@ -61,7 +64,7 @@ def load(tmp_path: Path) -> Callable[..., KatibSearch]:
         for change in changes:
             change(content["spec"])
         file = tmp_path / "experiment.yaml"
-        file.write_text(yaml.safe_dump(content))
+        file.write_text(json.dumps(content))  # YAML too, with every text in quotes.
         return load_experiment(str(file), trainable)
 
     return load
@@ -96,6 +99,10 @@ def pod(**fields: Any) -> Change:
     return lambda spec: spec["trialTemplate"]["trialSpec"]["spec"]["template"]["spec"].update(
         fields
     )
+
+
+def job(**fields: Any) -> Change:
+    return lambda spec: spec["trialTemplate"]["trialSpec"].update(fields)
 
 
 def collector(kind: str, **source: Any) -> Change:
@@ -203,13 +210,20 @@ def test_a_seed_of_the_file_is_the_searchs(load: Callable[..., KatibSearch]) -> 
     assert load(algorithm("random", random_state="7")).experiment.seed == 7
 
 
+def epochs(**space: str) -> Change:
+    def change(spec: dict[str, Any]) -> None:
+        spec["parameters"].append(
+            {"name": "epochs", "parameterType": "int", "feasibleSpace": space}
+        )
+        spec["trialTemplate"]["trialParameters"].append({"name": "n", "reference": "epochs"})
+        container(args=["--epochs=${trialParameters.n}"])(spec)
+
+    return change
+
+
 def hyperband(spec: dict[str, Any]) -> None:
     algorithm("hyperband", resource_name="epochs", eta="2", r_l="8")(spec)
-    spec["parameters"].append(
-        {"name": "epochs", "parameterType": "int", "feasibleSpace": {"min": "1", "max": "8"}}
-    )
-    spec["trialTemplate"]["trialParameters"].append({"name": "n", "reference": "epochs"})
-    container(args=["--epochs=${trialParameters.n}"])(spec)
+    epochs(min="1", max="8")(spec)
 
 
 def test_hyperband_gives_a_command_all_of_the_resource_and_stops_it_early(
@@ -232,6 +246,24 @@ def test_hyperband_on_raylines_training_compares_at_powers_of_eta(
     assert search.rungs == (1, 2, 4, 8)
     assert search.experiment.algorithm.name == "hyperband"
     assert search.experiment.algorithm.settings == {"eta": 2}
+
+
+def test_epochs_of_a_file_are_how_long_trials_train(load: Callable[..., KatibSearch]) -> None:
+    assert load(trainable=RAYLINE).most_epochs is None
+    search = load(epochs(min="4", max="4"), trainable=RAYLINE)
+    assert (search.most_epochs, search.settings) == (4, {"epochs": 4})
+    search = load(epochs(min="2", max="6"), trainable=RAYLINE)
+    assert (search.most_epochs, dict(search.settings)) == (6, {})
+    assert "epochs" in {parameter.name for parameter in search.experiment.parameters}
+
+
+def test_a_population_lives_through_the_rungs(load: Callable[..., KatibSearch]) -> None:
+    given = algorithm("pbt", n_population="5", truncation_threshold="0.2",
+                      suggestion_trial_dir="/var/log/katib/checkpoints/")  # fmt: skip
+    search = load(given, trainable=RAYLINE)
+    assert search.experiment.num_trials == 5
+    assert search.experiment.algorithm.settings == {"truncation_threshold": 0.2}
+    assert any("a population of 5 trials" in note for note in search.notes)
 
 
 def test_raylines_settings_go_by_many_names(load: Callable[..., KatibSearch]) -> None:
@@ -307,7 +339,9 @@ def test_limits_and_strategies(load: Callable[..., KatibSearch]) -> None:
     assert search.template.memory_bytes == 2**30
     assert search.template.collector.strategies == {"loss": "latest", "accuracy": "min"}
     assert search.experiment.objective.by_last
-    assert not load().experiment.objective.by_last
+    assert not search.experiment.objective.settles, "the last loss may be above the goal again"
+    assert load().experiment.objective.settles
+    assert not load(trainable=RAYLINE).experiment.objective.by_last
 
 
 @pytest.mark.parametrize(
@@ -324,6 +358,7 @@ def test_limits_and_strategies(load: Callable[..., KatibSearch]) -> None:
         ([algorithm("hyperband", r_l="9")], "hyperband needs the settings resource_name"),
         ([algorithm("hyperband", r_l="9", resource_name="epochs")], "'epochs' is no parameter"),
         ([algorithm("pbt", n_population="5", truncation_threshold="0.2")], "--trainable rayline"),
+        ([algorithm("pbt", truncation_threshold="0.6")], "at most at 0.5"),
         ([setting("earlyStopping", {"algorithmName": "asha"})], "spec.earlyStopping"),
         ([pod(initContainers=[{"name": "a"}])], "initContainers is refused: prepare"),
         ([pod(volumes=[])], "volumes is refused"),
@@ -366,9 +401,9 @@ def test_limits_and_strategies(load: Callable[..., KatibSearch]) -> None:
         ([setting("maxTrialCount", 2)], "parallelTrialCount=3 is more than maxTrialCount=2"),
         ([lambda spec: spec.pop("maxTrialCount")], "the search has no end"),
         ([setting("resumePolicy", "Sometimes")], "spec.resumePolicy"),
-        ([lambda spec: spec["trialTemplate"]["trialParameters"].pop()], "none of the trialParam"),
+        ([lambda spec: spec["trialTemplate"]["trialParameters"].pop()], "reach no placeholder"),
         ([lambda spec: spec["trialTemplate"].update(configMap={})], "configMap is refused"),
-        ([lambda spec: spec["trialTemplate"]["trialSpec"].update(kind="TFJob")], "TFJob is refused"),
+        ([job(kind="TFJob")], "TFJob is refused"),
         ([lambda spec: spec["trialTemplate"].update(successCondition="x")], "successCondition"),
         ([lambda spec: spec["trialTemplate"]["trialSpec"]["spec"].update(backoffLimit=3)],
          "backoffLimit is refused"),
@@ -388,7 +423,18 @@ def test_what_cannot_be_honoured_is_refused_by_name(
         (parameter("double", name="batch_size", min="1", max="2"), "takes whole numbers"),
         (parameter("categorical", list=["a", "b"]), "takes numbers"),
         (objective(objectiveMetricName="auc"), "'auc' is none of the metrics"),
-        (objective(metricStrategies=[{"name": "loss", "value": "latest"}]), "best epoch; write min"),
+        (
+            objective(metricStrategies=[{"name": "loss", "value": "latest"}]),
+            "best epoch; write min",
+        ),
+        (
+            objective(
+                additionalMetricNames=["accuracy"],
+                metricStrategies=[{"name": "accuracy", "value": "max"}],
+            ),
+            "take it out",
+        ),
+        (algorithm("hyperband", resource_name="momentum", r_l="9"), "is not Rayline's epochs"),
     ],
 )
 def test_what_raylines_training_has_no_counterpart_for_is_refused_by_name(
@@ -423,3 +469,109 @@ def test_files_that_are_no_experiment(tmp_path: Path, text: str, said: str) -> N
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="can't be read"):
         load_experiment(str(tmp_path / "none.yaml"))
+
+
+def steps(**each: str) -> Change:
+    def change(spec: dict[str, Any]) -> None:
+        for parameter in spec["parameters"]:
+            parameter["feasibleSpace"]["step"] = each[parameter["name"]]
+
+    return change
+
+
+def marks(spec: dict[str, Any]) -> None:
+    job(metadata={"annotations": {"key": "a"}, "labels": {"key": "b"}})(spec)
+    references = ("Name", "Namespace", "Kind", "APIVersion", "Labels[key]", "Annotations[key]")
+    names = [f"mark{index}" for index in range(len(references))]
+    spec["trialTemplate"]["trialParameters"] += [
+        {"name": name, "reference": f"${{trialSpec.{reference}}}"}
+        for name, reference in zip(names, references, strict=True)
+    ]
+    env = [{"name": name, "value": f"${{trialParameters.{name}}}"} for name in names]
+    container(env=env)(spec)
+
+
+MEDIANSTOP = setting(
+    "earlyStopping",
+    {
+        "algorithmName": "medianstop",
+        "algorithmSettings": [
+            {"name": "min_trials_required", "value": "1"}, {"name": "start_step", "value": "2"},
+        ],
+    },
+)  # fmt: skip
+ACCURACY = objective(
+    type="maximize", goal=0.99, objectiveMetricName="accuracy", additionalMetricNames=["loss"]
+)
+LOG = container(args=["--log-path=/katib/mnist.log"])
+# What the files under examples/v1beta1 of kubeflow/katib (33c8ff4, June 2026) have that the
+# template above has not, in words of our own, and how each is taken: run (""), or refused saying
+# this; as a command, and by Rayline's training.
+PUBLISHED: dict[str, tuple[list[Change], str, str]] = {
+    "hp-tuning/random": (
+        [container(resources={"limits": {"memory": "1Gi", "cpu": "0.5"}})], "", ""),
+    "hp-tuning/grid": ([algorithm("grid"), steps(lr="0.005", momentum="0.1")], "", ""),
+    "hp-tuning/sobol": ([algorithm("sobol")], "", ""),
+    "hp-tuning/tpe": ([algorithm("tpe")], "", ""),
+    "hp-tuning/multivariate-tpe": ([algorithm("multivariate-tpe")], "", ""),
+    "hp-tuning/bayesian-optimization": (
+        [algorithm("bayesianoptimization", random_state="10")], "", ""),
+    "hp-tuning/cma-es": ([algorithm("cmaes", restart_strategy="ipop")], "'ipop'", "'ipop'"),
+    "hp-tuning/hyperband": (
+        [algorithm("hyperband", resource_name="epochs", eta="2", r_l="2"),
+         epochs(min="1", max="1")], "", ""),
+    "hp-tuning/simple-pbt": (
+        [algorithm("pbt", suggestion_trial_dir="/var/log/katib/checkpoints/", n_population="40",
+                   truncation_threshold="0.2"), setting("resumePolicy", "FromVolume")],
+        "pbt hands the checkpoint", ""),
+    "hp-tuning/hyperopt-distribution": (
+        [parameter("double", min="0.01", max="0.05", step="0.01", distribution="normal"),
+         epochs(min="1", max="3", distribution="logUniform")], "", ""),
+    "hp-tuning/optuna-distribution": (
+        [algorithm("tpe"), parameter("double", min="1", max="5", step="0.1",
+                                     distribution="uniform")], "", ""),
+    "early-stopping/median-stop": (
+        [MEDIANSTOP, lambda spec: spec["trialTemplate"].update(retain=True)], "", ""),
+    "early-stopping/median-stop-with-json-format": (
+        [MEDIANSTOP, ACCURACY, LOG, collector("File", fileSystemPath={
+            "path": "/katib/mnist.log", "kind": "File", "format": "JSON"})], "", ""),
+    "metrics-collector/file-metrics-collector": (
+        [ACCURACY, LOG, collector("File", fileSystemPath={
+            "path": "/katib/mnist.log", "kind": "File"}, filter={"metricsFormat": [
+                r"{metricName: ([\w|-]+), metricValue: ((-?\d+)(\.\d+)?)}"]})], "", ""),
+    "metrics-collector/metrics-collection-strategy": (
+        [algorithm("tpe"), objective(additionalMetricNames=["accuracy"], metricStrategies=[
+            {"name": "accuracy", "value": "max"}, {"name": "loss", "value": "min"}])],
+        "", "max of accuracy"),
+    "metrics-collector/custom-metrics-collector": (
+        [setting("metricsCollectorSpec", {"collector": {"kind": "Custom", "customCollector": {}}})],
+        "customCollector is refused", "customCollector is refused"),
+    "resume-experiment/from-volume-resume": ([setting("resumePolicy", "FromVolume")], "", ""),
+    "resume-experiment/long-running-resume": ([setting("resumePolicy", "LongRunning")], "", ""),
+    "trial-template/trial-metadata-substitution": ([marks], "", ""),
+    "trial-template/trial-configmap-source": (
+        [lambda spec: spec["trialTemplate"].update(configMap={"configMapName": "x"})],
+        "configMap is refused", "configMap is refused"),
+    "kubeflow-training-operator/pytorchjob-mnist": (
+        [job(apiVersion="kubeflow.org/v1", kind="PyTorchJob")], "PyTorchJob is refused", ""),
+    "nas/darts-cpu": (
+        [setting("nasConfig", {"operations": []}), algorithm("darts"),
+         lambda spec: spec.pop("parameters")], "nasConfig is refused", "nasConfig is refused"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("trainable", [COMMAND, RAYLINE])
+def test_published_examples_are_run_or_refused_by_name(
+    load: Callable[..., KatibSearch], name: str, trainable: str
+) -> None:
+    changes, *refusals = PUBLISHED[name]
+    refusal = refusals[trainable == RAYLINE]
+    if refusal:
+        with pytest.raises(ConfigError, match=refusal):
+            load(*changes, trainable=trainable)
+        return
+    search = load(*changes, trainable=trainable)
+    Study(search.experiment)  # Its sampler takes the algorithm and the space.
+    assert scheduler_of(search.experiment).name in SCHEDULERS
+    assert (search.template is None) == (trainable == RAYLINE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,10 +32,12 @@ from lib.train.journal import Journal
 from lib.train.presets import preset_experiment
 from lib.train.progress import (
     ASKED,
+    CLOSED,
     ENDED,
     FAILED,
     FINISHED,
     RECORDED,
+    REOPENED,
     REPORTED,
     SESSION,
     STARTED,
@@ -42,6 +45,7 @@ from lib.train.progress import (
     Progress,
     pareto_front,
 )
+from lib.train.report import Limits
 from lib.train.samplers import SAMPLERS, Study
 from lib.train.schedulers import SCHEDULERS, build_scheduler, rung_counts, scheduler_of
 from lib.train.space import Space
@@ -232,9 +236,10 @@ def test_every_scheduler_is_built_by_name(storage: Storage, name: str) -> None:
 
 
 def test_rungs_are_those_of_the_scheduler() -> None:
-    assert rung_counts(Named("asha"), 3) == (1, 3, 9)
-    assert rung_counts(Named("hyperband"), 3) == (1, 4, 9)
-    assert rung_counts(Named("medianstopping"), 3) == (1, 2, 3)
+    assert rung_counts(Named("asha"), (2, 6, 18)) == (1, 3, 9)
+    assert rung_counts(Named("hyperband"), (2, 6, 18)) == (1, 4, 9)
+    assert rung_counts(Named("medianstopping"), (2, 6, 18)) == (2, 6, 18)
+    assert rung_counts(Named("pbt"), (2, 6, 18)) == (1, 2, 3)
     assert scheduler_of(replace(SMOOTH, early_stopping=Named("medianstop"))).name == (
         "medianstopping"
     )
@@ -280,6 +285,65 @@ def test_the_pareto_front_has_no_loser(storage: Storage) -> None:
         study.tell(progress.trials[number])
     front = pareto_front(objectives, progress.ranked())
     assert {trial.number for trial in front} == {0, 2, 3, 5}
+
+
+def reports(progress: Progress, number: int, *values: float) -> None:
+    progress.add(ASKED, trial=number, params={}, sampled={"drawn": {}, "trial": {}, "study": {}})
+    for epoch, value in enumerate(values, start=1):
+        progress.add(REPORTED, trial=number, report=epoch, epoch=epoch, rung=epoch,
+                     metrics={"score": value})  # fmt: skip
+
+
+@pytest.mark.parametrize(("by_last", "value", "epoch"), [(False, 0.9, 2), (True, 0.7, 3)])
+def test_the_best_report_of_a_trial_counts_or_its_last_one(
+    storage: Storage, by_last: bool, value: float, epoch: int
+) -> None:
+    objective = Objective(
+        metric="score", goal=MAXIMIZE, target=0.8, by_last=by_last, settles=not by_last
+    )
+    experiment = replace(SMOOTH, objectives=(objective,))
+    _, progress, study = progress_of(storage, experiment)
+    limits = Limits(progress, experiment, SimpleNamespace(error=None))
+    reports(progress, 0, 0.5, 0.9, 0.7)
+    trial = progress.trials[0]
+    assert (trial.best["score"], trial.best_epoch) == (value, epoch)
+    assert trial.curve == [(1, 0.5), (2, 0.9), (3, 0.7)]
+    assert limits("t", {"score": 0.9}) == (not by_last), "no report before the end is the result"
+    assert limits.stop_all() == (not by_last)
+    progress.add(ENDED, trial=0, how=FINISHED, why="")
+    assert limits.stop_all() == (not by_last)
+
+
+def test_a_last_report_at_the_target_ends_the_sweep(storage: Storage) -> None:
+    objective = Objective(metric="score", goal=MAXIMIZE, target=0.8, by_last=True, settles=False)
+    experiment = replace(SMOOTH, objectives=(objective,))
+    _, progress, _ = progress_of(storage, experiment)
+    limits = Limits(progress, experiment, SimpleNamespace(error=None))
+    reports(progress, 0, 0.85)
+    assert not limits.stop_all()
+    progress.add(ENDED, trial=0, how=FINISHED, why="")
+    assert limits.why == "the target of 0.8 was reached"
+
+
+def test_a_sweep_that_has_ended_can_be_reopened(storage: Storage) -> None:
+    journal, progress, _ = progress_of(storage, SMOOTH)
+    progress.add(CLOSED)
+    assert progress.closed
+    progress.add(REOPENED)
+    assert not progress.closed
+    journal.close()
+    _, again, _ = progress_of(storage, SMOOTH)
+    assert not again.closed
+
+
+def test_median_stopping_never_pauses(storage: Storage) -> None:
+    experiment = replace(SMOOTH, early_stopping=Named("medianstop", {"start_step": 4}))
+    _, progress, _ = progress_of(storage, experiment)
+    scheduler: Any = build_scheduler(experiment, progress, num_rungs=0, fixed=frozenset())
+    waiting = SimpleNamespace(get_live_trials=lambda: [SimpleNamespace(status="PENDING")])
+    inner = scheduler._inner
+    assert inner._on_insufficient_samples(waiting, "a trial", 9) == "CONTINUE"
+    assert inner._grace_period == 4
 
 
 @pytest.fixture
