@@ -8,8 +8,8 @@ from typing import Any
 
 import orjson
 
-from lib.serving import oip, payload
 from lib.errors import StorageError
+from lib.serving import oip, payload
 from lib.serving.feedback import parse_feedback
 from lib.serving.payload import PayloadError
 from lib.serving.router import Router, Version

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from lib.serving import policy as policies
 from lib.serving.batcher import Batcher, Predict, QueueFull, Unavailable
 from lib.serving.bundle import Card, read_card
+from lib.serving.feedback import PROBE_ID
 from lib.serving.payload import PayloadError
 from lib.serving.shadow import Shadows
 from lib.serving.traffic import COLOCATED, ModelTraffic, Policy, choose, is_shadowed
@@ -164,7 +165,8 @@ class Router:
     ) -> None:
         """Give the shadows of this request's model their copies; returns at once."""
         name = version.card.name
-        for number, percent in table.policy.models[name].shadows.items():
+        shadows = table.policy.models[name].shadows if request_id != PROBE_ID else {}
+        for number, percent in shadows.items():
             if number != version.card.version and is_shadowed(percent, number, request_id):
                 self.shadows.send(
                     table.versions[name, number],

@@ -58,7 +58,7 @@ def to_table(answers: Answers, shares: Shares) -> pa.Table:
     """Return a row for each image."""
     sizes = np.array(answers.num_images)
     request = np.repeat(np.arange(len(sizes)), sizes)
-    index = np.arange(len(request)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    index = np.arange(len(request)) - (np.cumsum(sizes) - sizes)[request]
     predicted, probabilities = _predictions(answers.probabilities, len(request))
     image, coarse = _pictures(answers, request, shares)
     columns = {
@@ -99,7 +99,11 @@ def _pictures(
     has_image = is_there & (drawn < shares.images)
     has_features = is_there & (drawn < shares.features)
     used = has_image | has_features
-    given = [images for images, is_used in zip(answers.images, used, strict=True) if is_used]
+    given = [
+        images
+        for images, is_used in zip(answers.images, used, strict=True)
+        if is_used and images is not None
+    ]
     if not given:
         return tuple(pa.nulls(len(request), SCHEMA.field(name).type) for name in _PICTURES)
     images_MHWC = np.concatenate(given)

@@ -23,13 +23,13 @@ FLUSH_ROWS = 8192
 """Rows that are not left to wait for the time above. A gateway that is killed loses what came in
 since the last flush: at most so many rows, and those of a quarter second and of the flush."""
 MAX_ROWS = 65_536
-"""Kept in memory while storage is slow, full or away; what comes in beyond is dropped, and counted."""
+"""Kept in memory while storage is slow, full or away; what comes in beyond is dropped."""
 MAX_IMAGE_BYTES = 64 * 2**20
 """Of images in memory; rows that come in beyond are kept without."""
 FILE_ROWS = 4096
-KEPT_IMAGE_BYTES = 4 * 2**20
+KEPT_IMAGE_BYTES = 2**20
 """Of images in one flush; under more load a smaller share of requests has its image kept."""
-FEATURE_ROWS = 2048
+FEATURE_ROWS = 512
 """In one flush with features; under more load a smaller share, as with the images."""
 _TICK_S = 0.25
 _REPEATED = ["version", "caller", "status", "predicted", "index"]

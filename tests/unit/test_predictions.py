@@ -97,7 +97,9 @@ def test_the_last_label_counts_and_contradictions_are_told(tmp_path: Path) -> No
     give(storage, clock, ("once", 1), ("twice", 1), ("mind", 0), ("mind", 1))
     give(storage, clock, ("twice", 1), ("mind", 2))
     labels = read_labels(storage, "shapes", start_us=0, end_us=MAX_US)
-    found = {row["request_id"]: (row["label"], row["is_contradicted"]) for row in labels.to_pylist()}
+    found = {
+        row["request_id"]: (row["label"], row["is_contradicted"]) for row in labels.to_pylist()
+    }
     assert found == {"once": (1, False), "twice": (1, False), "mind": (2, True)}
     early = read_labels(storage, "shapes", start_us=0, end_us=NOON_US + 3 * 10**6)
     assert labels_of(early)["mind"] == 0

@@ -83,9 +83,7 @@ def test_rows_hold_what_was_answered(tmp_path: Path) -> None:
     answer_NK = np.array([[0.1, 0.7, 0.2], [0.5, 0.25, 0.25], [0, 0, 1]], np.float32)
     recorder.add(CARDS[1], pictures, answer_NK, request_id="batch", **asked)
     recorder.add(CARDS[2], pictures[:1], None, request_id="failed", status=503, **asked)
-    recorder.add(
-        CARDS[2], pictures[:2], answer_NK[1:], request_id="batch", is_shadow=True, **asked
-    )
+    recorder.add(CARDS[2], pictures[:2], answer_NK[1:], request_id="batch", is_shadow=True, **asked)
     recorder.close()
     log = log_of(storage)
     assert log.schema == SCHEMA
