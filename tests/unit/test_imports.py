@@ -39,6 +39,12 @@ PURE = (
     "lib.serving.bundle",
     "lib.serving.record",
     "lib.watch.metrics",
+    "lib.watch.features",
+    "lib.watch.segments",
+    "lib.watch.labels",
+    "lib.watch.predictions",
+    "lib.watch.answers",
+    "lib.watch.recorder",
 )
 IMPURE = {"ray", "mlflow", "requests", "aiohttp", "httpx", "http", "urllib", "fastapi", "starlette"}
 
