@@ -1,0 +1,238 @@
+"""Whether a window of requests looks like the training data: tests, and how often they may look.
+
+A window's features are each compared with the reference by a two-sample Kolmogorov–Smirnov test,
+and so are the confidence and the entropy of each version's answers; the share of every predicted
+class by the hypergeometric distribution. Holm's method corrects for their number, so the level
+holds for the window as a whole. (Rabanser, Günnemann, Lipton, "Failing Loudly", 2019, found such
+tests as good as multivariate ones, and they say what moved.)
+
+Live images never come from exactly the distribution of the training images, and with enough rows
+any difference is "significant". So the hypothesis tested is that no distribution function is
+further than `tolerance` from the reference's anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+Floats = npt.NDArray[np.float64]
+
+LEVEL = 0.01
+"""Share of windows without drift that may raise an alarm."""
+TOLERANCE = 0.03
+"""Distance of distribution functions, and of a class's share, that is not called drift."""
+MIN_ANSWERS = 50
+"""Answers of a version in a window below which they are not tested."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answers:
+    """What a version answered: one value a row in each."""
+
+    predicted_N: npt.NDArray[np.int32]
+    confidence_N: npt.NDArray[np.float32]
+    """Probability of the predicted class."""
+    entropy_N: npt.NDArray[np.float32]
+    """Of the probabilities, in nats."""
+
+    @classmethod
+    def of(cls, probabilities_NK: npt.NDArray[np.float32]) -> Answers:
+        """Return what is tested of an answer's probabilities."""
+        safe = np.maximum(probabilities_NK, np.float32(1e-30))
+        return cls(
+            predicted_N=probabilities_NK.argmax(axis=1).astype(np.int32),
+            confidence_N=probabilities_NK.max(axis=1).astype(np.float32),
+            entropy_N=-(probabilities_NK * np.log(safe)).sum(axis=1, dtype=np.float32),
+        )
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.predicted_N)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """What requests are compared with."""
+
+    features_NF: npt.NDArray[np.float32]
+    """Of a sample of the training images."""
+    feature_names: tuple[str, ...]
+    grid: tuple[int, int]
+    """The first rows·columns features are the cells of this grid."""
+    class_names: tuple[str, ...]
+    answers: Mapping[int, Answers] = field(default_factory=dict)
+    """Version → its answers to held-out images; on those it was trained with it is too sure."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """Requests of one stretch of time."""
+
+    features_NF: npt.NDArray[np.float32]
+    """No rows if the log holds none: then only answers are tested."""
+    answers: Mapping[int, Answers] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shift:
+    """One thing that was tested."""
+
+    what: str
+    distance: float
+    """Of the distribution functions or shares, 0–1; positive where values are larger now."""
+    p_value: float
+    """After Holm's correction."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the shift as JSON types."""
+        return {"what": self.what, "distance": round(self.distance, 4), "p_value": self.p_value}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DriftResult:
+    """What the tests of a window say."""
+
+    rows: int
+    p_value: float
+    """Of the whole window: chance of differences like these, or larger ones, without drift."""
+    score: float
+    """The largest distance of anything tested, 0–1."""
+    alarm: bool
+    moved: tuple[Shift, ...]
+    """What differs at this level, the largest distance first."""
+    heat_map: tuple[tuple[float, ...], ...]
+    """Distance per cell of the grid; positive is brighter. Empty without features."""
+    classes: Mapping[int, tuple[float, ...]]
+    """Version → per class, the share of answers minus that of the reference."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as JSON types."""
+        return {
+            "rows": self.rows,
+            "p_value": self.p_value,
+            "score": round(self.score, 4),
+            "alarm": self.alarm,
+            "moved": [shift.to_json() for shift in self.moved],
+            "heat_map": [[round(value, 3) for value in row] for row in self.heat_map],
+            "classes": {
+                str(version): [round(value, 4) for value in shares]
+                for version, shares in self.classes.items()
+            },
+        }
+
+
+def score(
+    reference: Reference, window: Window, *, level: float = LEVEL, tolerance: float = TOLERANCE
+) -> DriftResult:
+    """Test a window against the reference."""
+    names: list[str] = []
+    distances: list[Floats] = []
+    p_values: list[Floats] = []
+    heat_map: tuple[tuple[float, ...], ...] = ()
+    if len(window.features_NF):
+        found, p_found = compare(window.features_NF, reference.features_NF, tolerance)
+        names += reference.feature_names
+        distances.append(found)
+        p_values.append(p_found)
+        rows, columns = reference.grid
+        cells = found[: rows * columns].reshape(rows, columns)
+        heat_map = tuple(tuple(float(value) for value in row) for row in cells)
+    classes: dict[int, tuple[float, ...]] = {}
+    for version, answers in window.answers.items():
+        held_out = reference.answers.get(version)
+        if held_out is None or len(answers) < MIN_ANSWERS:
+            continue
+        found, p_found = _compare_answers(
+            answers, held_out, len(reference.class_names), tolerance
+        )
+        what = ["confidence", "entropy", *(f"class {name}" for name in reference.class_names)]
+        names += [f"version {version}: {name}" for name in what]
+        distances.append(found)
+        p_values.append(p_found)
+        classes[version] = tuple(float(value) for value in found[2:])
+    num_rows = max([len(window.features_NF), sum(map(len, window.answers.values()))])
+    if not names:
+        return DriftResult(
+            rows=num_rows, p_value=1.0, score=0.0, alarm=False, moved=(), heat_map=(), classes={}
+        )
+    distance, adjusted = np.concatenate(distances), holm(np.concatenate(p_values))
+    moved = [
+        Shift(what=name, distance=float(by), p_value=float(p_value))
+        for name, by, p_value in zip(names, distance, adjusted, strict=True)
+        if p_value < level
+    ]
+    return DriftResult(
+        rows=num_rows,
+        p_value=float(adjusted.min()),
+        score=float(np.abs(distance).max()),
+        alarm=bool(adjusted.min() < level),
+        moved=tuple(sorted(moved, key=lambda shift: -abs(shift.distance))),
+        heat_map=heat_map,
+        classes=classes,
+    )
+
+
+def compare(
+    window_NF: npt.NDArray[np.float32], reference_MF: npt.NDArray[np.float32], tolerance: float
+) -> tuple[Floats, Floats]:
+    """Return signed Kolmogorov–Smirnov distance and p-value of every column.
+
+    By the triangle inequality the distance to a distribution that is `tolerance` away exceeds the
+    usual statistic by no more than that: without it, the usual distribution gives the p-value.
+    Ties, such as cells that are always black, make it larger than it need be, never smaller.
+    """
+    result = stats.ks_2samp(window_NF, reference_MF, axis=0, method="asymp")
+    num, num_reference = len(window_NF), len(reference_MF)
+    distance = np.asarray(result.statistic, dtype=np.float64)
+    effective = max(1, round(num * num_reference / (num + num_reference)))
+    p_value = stats.kstwo.sf(np.maximum(distance - tolerance, 0), effective)
+    # The sign is that of the distribution functions: the one that is higher has the lower values.
+    return -np.asarray(result.statistic_sign) * distance, np.clip(p_value, 0, 1)
+
+
+def _compare_answers(
+    answers: Answers, held_out: Answers, num_classes: int, tolerance: float
+) -> tuple[Floats, Floats]:
+    ours, theirs = (
+        np.stack([given.confidence_N, given.entropy_N], axis=1) for given in (answers, held_out)
+    )
+    distance, p_value = compare(ours, theirs, tolerance)
+    counts, reference = (
+        np.bincount(given.predicted_N, minlength=num_classes) for given in (answers, held_out)
+    )
+    shares = counts / len(answers) - reference / len(held_out)
+    p_shares = _share_p_values(counts, reference, tolerance)
+    return np.concatenate([distance, shares]), np.concatenate([p_value, p_shares])
+
+
+def _share_p_values(
+    counts: npt.NDArray[np.int64], reference: npt.NDArray[np.int64], tolerance: float
+) -> Floats:
+    """Return Fisher's exact p-value of every class, two-sided, its share moved by `tolerance`."""
+    num, num_reference = int(counts.sum()), int(reference.sum())
+    expected = num * reference / num_reference
+    allowed = int(tolerance * num)
+    nearer = np.where(
+        counts > expected,
+        np.maximum(counts - allowed, np.floor(expected)),
+        np.minimum(counts + allowed, np.ceil(expected)),
+    ).astype(np.int64)
+    all_rows = num + num_reference
+    upper = stats.hypergeom.sf(nearer - 1, all_rows, nearer + reference, num)
+    lower = stats.hypergeom.cdf(nearer, all_rows, nearer + reference, num)
+    return np.asarray(np.minimum(1.0, 2 * np.minimum(upper, lower)), dtype=np.float64)
+
+
+def holm(p_values: Floats) -> Floats:
+    """Return p-values corrected by Holm's method: the chance of any false one is the level."""
+    order = np.argsort(p_values)
+    steps = np.arange(len(p_values), 0, -1)
+    adjusted = np.empty_like(p_values)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p_values[order] * steps))
+    return adjusted
