@@ -1,14 +1,15 @@
 """How evidence of drift adds up from window to window, and how seldom that cries wolf.
 
-A window's own alarm is false in `LEVEL` of the windows, which is often where there are hundreds a
-day. What sets a retrain off is therefore an e-detector (Shin, Ramdas, Rinaldo, "E-detectors",
-2023), a CUSUM of bets: a window with p-value p multiplies the evidence by 0.5 / √p, whose mean is
-at most 1 without drift, and evidence below 1 starts again at 1. It then takes `1 / LONG_RUN_LEVEL`
-windows on average, or more, until the evidence first passes that number without drift, however
-often one looks. One window with gross drift is enough to pass it, and so are some with a little.
+A window's own alarm is false in `drift.LEVEL` of the windows, which is often where there are
+hundreds a day. What sets a retrain off is therefore an e-detector (Shin, Ramdas, Rinaldo,
+"E-detectors", 2023), a CUSUM of bets: a window with p-value p multiplies the evidence by 0.5 / √p,
+whose mean is at most 1 without drift, and evidence below 1 starts again at 1. One window with gross
+drift passes the threshold at once, some with a little drift do so together.
 
 Drift too slow for a window is looked for in blocks of windows, tested as one, with evidence of
-their own; the mean of both is what counts, and keeps the bound.
+their own. By Doob's inequality the chance that either passes its threshold within t windows without
+drift is at most t times `LONG_RUN_LEVEL`, however often one looks. (All windows are compared with
+one sample of the training data, so they are independent but for that sample's own chance.)
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 LONG_RUN_LEVEL = 0.001
-"""One over the mean number of windows between false alarms, at least."""
+"""Bound on the false alarms a window, in the long run."""
 BLOCK = 8
 """Windows that are also tested together."""
-_MOST = 16 / LONG_RUN_LEVEL
+THRESHOLD = 2 / LONG_RUN_LEVEL
+"""Of either evidence: each may spend half of the level."""
+_MOST = 16 * THRESHOLD
 """So that an alarm ends some windows after the drift does."""
 
 
@@ -38,14 +41,9 @@ class Evidence:
     slow: float = 1.0
 
     @property
-    def total(self) -> float:
-        """What counts: the mean of both."""
-        return (self.sudden + self.slow) / 2
-
-    @property
     def alarm(self) -> bool:
         """Whether it is drift, looked at as often as one likes."""
-        return self.total >= 1 / LONG_RUN_LEVEL
+        return max(self.sudden, self.slow) >= THRESHOLD
 
     @property
     def ends_block(self) -> bool:
@@ -67,12 +65,7 @@ class Evidence:
 
     def to_json(self) -> dict[str, Any]:
         """Return the evidence as JSON types, with what follows from it."""
-        return {
-            **asdict(self),
-            "total": self.total,
-            "threshold": 1 / LONG_RUN_LEVEL,
-            "alarm": self.alarm,
-        }
+        return {**asdict(self), "threshold": THRESHOLD, "alarm": self.alarm}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Evidence:
