@@ -104,14 +104,19 @@ def wilson(count: int, rows: int, confidence: float = 0.95) -> tuple[float, floa
     return float(interval.low), float(interval.high)
 
 
-def by_version(rows: Rows, num_classes: int) -> list[VersionQuality]:
-    """Return what is known of every version, as the one that answered and as a shadow."""
+def by_version(
+    rows: Rows, num_classes: int, *, with_classes: bool = True
+) -> list[VersionQuality]:
+    """Return what is known of every version, as the one that answered and as a shadow.
+
+    Without classes, `class_accuracy` is empty: its intervals are most of the work.
+    """
     found = []
     for shadow in (False, True):
         of_kind = rows.shadow_N == shadow
         for version in np.unique(rows.version_N[of_kind]):
             mine = rows.take(of_kind & (rows.version_N == version))
-            found.append(_of_version(mine, int(version), shadow, num_classes))
+            found.append(_of_version(mine, int(version), shadow, num_classes, with_classes))
     return found
 
 
@@ -168,7 +173,9 @@ def is_worse(accuracy: Share, expected: float, *, margin: float, confidence: flo
     return high < expected - margin
 
 
-def _of_version(rows: Rows, version: int, shadow: bool, num_classes: int) -> VersionQuality:
+def _of_version(
+    rows: Rows, version: int, shadow: bool, num_classes: int, with_classes: bool
+) -> VersionQuality:
     worked = rows.predicted_N != FAILED
     num_worked = int(worked.sum())
     counts = np.bincount(rows.predicted_N[worked], minlength=num_classes)
@@ -179,7 +186,7 @@ def _of_version(rows: Rows, version: int, shadow: bool, num_classes: int) -> Ver
         rows=len(worked),
         failed=Share.of(len(worked) - num_worked, len(worked)),
         accuracy=_accuracy(rows),
-        class_accuracy=_class_accuracy(rows, num_classes),
+        class_accuracy=_class_accuracy(rows, num_classes) if with_classes else (),
         class_shares=tuple(float(count) / max(1, num_worked) for count in counts),
         confidence=confidence,
         entropy=float(rows.entropy_N[worked].mean()) if num_worked else None,

@@ -126,9 +126,7 @@ def sample_split(
     shards = [shard for shard in manifest.shards if shard.split == split]
     if not shards:
         raise DataError(f"data set {manifest.digest[:12]} has no rows in {split}; ingest it again")
-    labels = np.concatenate(
-        [_labels(storage, shard.path) for shard in shards] or [np.empty(0, np.int64)]
-    )
+    labels = np.concatenate([_labels(storage, shard.path) for shard in shards])
     chosen = stratified(labels, min(1.0, num_rows / len(labels)), _SEED)
     if len(labels) <= num_rows:
         chosen[:] = True
