@@ -13,7 +13,7 @@ further than `tolerance` from the reference's anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ LEVEL = 0.01
 """Share of windows without drift that may raise an alarm."""
 TOLERANCE = 0.03
 """Distance of distribution functions, and of a class's share, that is not called drift."""
+INPUTS, PREDICTIONS = "inputs", "predictions"
 MIN_ANSWERS = 50
 """Answers of a version in a window below which they are not tested."""
 
@@ -104,6 +105,8 @@ class DriftResult:
     score: float
     """The largest distance of anything tested, 0–1."""
     alarm: bool
+    kinds: Mapping[str, tuple[float, float]]
+    """`inputs` and `predictions`, as far as they were tested → score and p-value."""
     moved: tuple[Shift, ...]
     """What differs at this level, the largest distance first."""
     heat_map: tuple[tuple[float, ...], ...]
@@ -118,7 +121,12 @@ class DriftResult:
             "p_value": self.p_value,
             "score": round(self.score, 4),
             "alarm": self.alarm,
-            "moved": [shift.to_json() for shift in self.moved],
+            "kinds": {
+                kind: {"score": round(score, 4), "p_value": p_value}
+                for kind, (score, p_value) in self.kinds.items()
+            },
+            "moved": [shift.what for shift in self.moved],
+            "shifts": [shift.to_json() for shift in self.moved],
             "heat_map": [[round(value, 3) for value in row] for row in self.heat_map],
             "classes": {
                 str(version): [round(value, 4) for value in shares]
@@ -127,19 +135,31 @@ class DriftResult:
         }
 
 
+@dataclass(slots=True)
+class _Tests:
+    """Tests of one window, before they are corrected for their number."""
+
+    names: list[str] = field(default_factory=list)
+    distances: list[float] = field(default_factory=list)
+    p_values: list[float] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, names: Sequence[str], distances: Floats, p_values: Floats) -> None:
+        self.names += names
+        self.distances += distances.tolist()
+        self.p_values += p_values.tolist()
+        self.kinds += [kind] * len(names)
+
+
 def score(
     reference: Reference, window: Window, *, level: float = LEVEL, tolerance: float = TOLERANCE
 ) -> DriftResult:
-    """Test a window against the reference."""
-    names: list[str] = []
-    distances: list[Floats] = []
-    p_values: list[Floats] = []
+    """Test a window against the reference; nothing that could be tested is no drift."""
+    tests = _Tests()
     heat_map: tuple[tuple[float, ...], ...] = ()
     if len(window.features_NF):
-        found, p_found = compare(window.features_NF, reference.features_NF, tolerance)
-        names += reference.feature_names
-        distances.append(found)
-        p_values.append(p_found)
+        found, p_values = compare(window.features_NF, reference.features_NF, tolerance)
+        tests.add(INPUTS, reference.feature_names, found, p_values)
         rows, columns = reference.grid
         cells = found[: rows * columns].reshape(rows, columns)
         heat_map = tuple(tuple(float(value) for value in row) for row in cells)
@@ -148,31 +168,50 @@ def score(
         held_out = reference.answers.get(version)
         if held_out is None or len(answers) < MIN_ANSWERS:
             continue
-        found, p_found = _compare_answers(
+        found, p_values = _compare_answers(
             answers, held_out, len(reference.class_names), tolerance
         )
         what = ["confidence", "entropy", *(f"class {name}" for name in reference.class_names)]
-        names += [f"version {version}: {name}" for name in what]
-        distances.append(found)
-        p_values.append(p_found)
+        names = [f"version {version}: {name}" for name in what]
+        tests.add(PREDICTIONS, names, found, p_values)
         classes[version] = tuple(float(value) for value in found[2:])
-    num_rows = max([len(window.features_NF), sum(map(len, window.answers.values()))])
-    if not names:
-        return DriftResult(
-            rows=num_rows, p_value=1.0, score=0.0, alarm=False, moved=(), heat_map=(), classes={}
+    num_rows = max(len(window.features_NF), sum(map(len, window.answers.values())))
+    return _result(tests, num_rows, level, heat_map, classes)
+
+
+def _result(
+    tests: _Tests,
+    num_rows: int,
+    level: float,
+    heat_map: tuple[tuple[float, ...], ...],
+    classes: Mapping[int, tuple[float, ...]],
+) -> DriftResult:
+    shifts = [
+        Shift(what=name, distance=distance, p_value=float(p_value))
+        for name, distance, p_value in zip(
+            tests.names, tests.distances, holm(np.array(tests.p_values)), strict=True
         )
-    distance, adjusted = np.concatenate(distances), holm(np.concatenate(p_values))
-    moved = [
-        Shift(what=name, distance=float(by), p_value=float(p_value))
-        for name, by, p_value in zip(names, distance, adjusted, strict=True)
-        if p_value < level
     ]
+    of_kind = {
+        kind: [shift for shift, its in zip(shifts, tests.kinds, strict=True) if its == kind]
+        for kind in dict.fromkeys(tests.kinds)
+    }
+    p_value = min((shift.p_value for shift in shifts), default=1.0)
     return DriftResult(
         rows=num_rows,
-        p_value=float(adjusted.min()),
-        score=float(np.abs(distance).max()),
-        alarm=bool(adjusted.min() < level),
-        moved=tuple(sorted(moved, key=lambda shift: -abs(shift.distance))),
+        p_value=p_value,
+        score=max((abs(shift.distance) for shift in shifts), default=0.0),
+        alarm=p_value < level,
+        kinds={
+            kind: (max(abs(one.distance) for one in its), min(one.p_value for one in its))
+            for kind, its in of_kind.items()
+        },
+        moved=tuple(
+            sorted(
+                (shift for shift in shifts if shift.p_value < level),
+                key=lambda shift: -abs(shift.distance),
+            )
+        ),
         heat_map=heat_map,
         classes=classes,
     )

@@ -1,9 +1,9 @@
-"""What the monitor remembers, as files: windows tested, evidence so far, retrains started.
+"""What the monitor remembers, as files: the windows that were tested, and the evidence so far.
 
 `watch/<model>/history/<number>.json` is a look that tested windows, with all that the next look
 needs: creating it is the commit point. A monitor that is killed leaves the newest of them whole,
-and of two monitors only one makes the next. `state.json` is a view for others, nothing is read
-from it here. `watch/<model>/retrains/<number>.json` is written before a retrain starts.
+and of two monitors only one makes the next. `watch/<model>/state.json` is a view for others;
+nothing is read from it here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lib.errors import StorageError
 from lib.storage import Storage
 from lib.watch.sequence import Evidence
 
-KEPT_LOOKS = 2000
+KEPT_LOOKS = 1000
 """Files of the history that are kept; a look makes one if a window was full."""
 
 
@@ -50,12 +50,16 @@ class Memory:
         return cls(**{**content, "evidence": Evidence.from_json(content["evidence"])})
 
 
+Recalled = tuple[Memory, dict[str, Any]]
+"""The newest memory and the look that left it."""
+
+
 def state_path(model: str) -> str:
     """Return where others read the state of a model."""
     return f"watch/{model}/state.json"
 
 
-def recall(storage: Storage, model: str) -> tuple[Memory, dict[str, Any]] | None:
+def recall(storage: Storage, model: str) -> Recalled | None:
     """Return the newest memory and the look that left it, None before the first."""
     for path in reversed(storage.list(f"watch/{model}/history")):
         try:
@@ -76,22 +80,6 @@ def remember(
         return None
     storage.delete(_history_path(model, memory.number - KEPT_LOOKS))
     return content
-
-
-def looks(storage: Storage, model: str, newest: int) -> list[dict[str, Any]]:
-    """Return the newest looks, oldest first."""
-    paths = storage.list(f"watch/{model}/history")[-newest:]
-    return [storage.read_json(path) for path in paths]
-
-
-def retrains(storage: Storage, model: str) -> list[dict[str, Any]]:
-    """Return what was started, oldest first: `time_s`, `reason`, `triggers`."""
-    return [storage.read_json(path) for path in storage.list(f"watch/{model}/retrains")]
-
-
-def claim_retrain(storage: Storage, model: str, number: int, entry: Mapping[str, Any]) -> bool:
-    """Record that retrain `number` starts; False if another monitor did so before."""
-    return storage.create_json(f"watch/{model}/retrains/{number:06d}.json", dict(entry))
 
 
 def _history_path(model: str, number: int) -> str:

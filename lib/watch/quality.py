@@ -22,7 +22,8 @@ FAILED = -1
 class Rows:
     """What was logged, one value a row in each, and of some of it the truth."""
 
-    request_id_N: npt.NDArray[Any]
+    image_id_N: npt.NDArray[Any]
+    """The same for every version that was asked about an image."""
     time_us_N: npt.NDArray[np.int64]
     version_N: npt.NDArray[np.int32]
     shadow_N: npt.NDArray[np.bool_]
@@ -121,14 +122,14 @@ def by_version(
 
 
 def disagreements(rows: Rows) -> list[Disagreement]:
-    """Compare every shadow's answers with those that the callers got, request by request."""
+    """Compare every shadow's answers with those that the callers got, image by image."""
     shadows, answered = rows.take(rows.shadow_N), rows.take(~rows.shadow_N)
-    order = np.argsort(answered.request_id_N, kind="stable")
-    ids = answered.request_id_N[order]
-    if not len(ids) or not len(shadows.request_id_N):
+    order = np.argsort(answered.image_id_N, kind="stable")
+    ids = answered.image_id_N[order]
+    if not len(ids) or not len(shadows.image_id_N):
         return []
-    places = np.minimum(np.searchsorted(ids, shadows.request_id_N), len(ids) - 1)
-    known = ids[places] == shadows.request_id_N
+    places = np.minimum(np.searchsorted(ids, shadows.image_id_N), len(ids) - 1)
+    known = ids[places] == shadows.image_id_N
     answered, shadows = answered.take(order[places[known]]), shadows.take(known)
     worked = (answered.predicted_N != FAILED) & (shadows.predicted_N != FAILED)
     answered, shadows = answered.take(worked), shadows.take(worked)

@@ -12,14 +12,25 @@ import pyarrow.compute as pc
 from lib.watch.drift import Answers, Window
 from lib.watch.quality import FAILED, NO_LABEL, Rows
 
+QUALITY_COLUMNS = (
+    "time_us",
+    "request_id",
+    "index",
+    "version",
+    "shadow",
+    "predicted",
+    "probabilities",
+)
 DRIFT_COLUMNS = ("time_us", "version", "shadow", "predicted", "probabilities", "features")
 
 
 def quality_rows(table: pa.Table) -> Rows:
-    """Return the rows of `predictions.joined`."""
+    """Return the rows of `predictions.joined`; a request has one for each of its images."""
+    index = pc.cast(table.column("index"), pa.string())
+    image = pc.binary_join_element_wise(table.column("request_id"), index, "/")
     confidence, entropy = _of_probabilities(table.column("probabilities"))
     return Rows(
-        request_id_N=table.column("request_id").to_numpy(),
+        image_id_N=image.to_numpy(),
         time_us_N=table.column("time_us").to_numpy(),
         version_N=table.column("version").to_numpy(),
         shadow_N=table.column("shadow").to_numpy(),

@@ -47,7 +47,7 @@ class Tested:
     memory: Memory
 
 
-def test_windows(
+def judge_windows(
     memory: Memory, reference: Reference, read: Read, cutting: Cutting, *, end_us: int
 ) -> Tested:
     """Test every window that is full; the rows that are left wait for the next look."""
@@ -62,7 +62,7 @@ def test_windows(
         done.append({"start": first_us / 1e6, "end": last_us / 1e6, **result.to_json()})
         memory = replace(memory, cursor_us=last_us, evidence=evidence)
         if evidence.ends_block:
-            whole = drift_rows(read(memory.block_from_us + 1, last_us, DRIFT_COLUMNS))
+            whole = drift_rows(read(memory.block_from_us + 1, last_us + 1, DRIFT_COLUMNS))
             result = _score(reference, _thinned(whole, BLOCK * cutting.rows))
             block = {
                 "start": memory.block_from_us / 1e6,
