@@ -1,11 +1,11 @@
 """Watch what is served: quality, drift, and whether it is time to train again.
 
-    python -m jobs.monitor --once
-    python -m jobs.monitor --every 30 --act     # starts a retrain by itself, within a budget
-    python -m jobs.monitor --every 30 --act --schedule-h 168 --new-labels 2000 --cool-down-s 3600
+python -m jobs.monitor --once
+python -m jobs.monitor --every 30 --act
+python -m jobs.monitor --every 30 --act --schedule-h 168 --new-labels 2000
 
-Reads the prediction log, writes watch/<model>/state.json under the storage root. Ended in any way
-and started again, it goes on where it was.
+Reads the prediction log, writes watch/<model>/state.json under the storage root. However it ends,
+started again it goes on where it was. With --act it starts `jobs.retrain`, within a budget.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 from lib.cli import progress, run
 from lib.config import Settings
-from lib.errors import ConfigError
 from lib.storage import Storage
-from lib.watch import predictions, retrain
+from lib.watch import predictions
 from lib.watch.display import show, summary
 from lib.watch.monitor import AWAY, Monitor, Options
+from lib.watch.retrains import RetrainJobs
 from lib.watch.triggers import Rules
 
 
@@ -35,29 +35,26 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
         schedule_s=asked.schedule_h * 3600 if asked.schedule_h else None,
         new_labels=asked.new_labels,
     )
-
-    def start(reason: str) -> Any:
-        return retrain.start(settings, storage, reason)
-
     monitor = Monitor(
         storage=storage,
         model=settings.model,
         log=predictions,
+        retrains=RetrainJobs(settings, storage),
+        acts=asked.act,
         options=Options(rules=rules),
-        retrain=start if asked.act else None,
     )
     while True:
-        started_s = time.monotonic()
+        start_s = time.monotonic()
         try:
             state = monitor.look()
             show(state)
         except AWAY as error:
             if asked.once:
                 raise
-            progress("monitor", f"nothing was seen – {error}; looking again")
+            progress("monitor", f"{settings.model}: nothing could be written – {error}")
         if asked.once:
-            return {"model": settings.model, **summary(state)}
-        time.sleep(max(0.0, asked.every - (time.monotonic() - started_s)))
+            return summary(state)
+        time.sleep(max(0.0, asked.every - (time.monotonic() - start_s)))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,12 +68,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     often.add_argument("--every", type=float, metavar="SECONDS", help="look again and again")
     parser.add_argument("--act", action="store_true", help="start jobs.retrain when it is time")
     parser.add_argument("--cool-down-s", type=float, default=Rules().cool_down_s)
-    parser.add_argument("--schedule-h", type=float, help="train again when it is that long ago")
+    parser.add_argument("--schedule-h", type=float, help="train again when it was so long ago")
     parser.add_argument("--new-labels", type=int, help="train again for so many new labels")
-    asked = parser.parse_args(argv)
-    if asked.every is not None and asked.every <= 0:
-        raise ConfigError(f"--every {asked.every} must be a number of seconds above 0")
-    return asked
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
