@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 from scipy import ndimage
 
+from lib.data.manifest import Manifest, Preprocess, Shard, manifest_path
 from lib.errors import StorageError
+from lib.serving import policy
+from lib.serving.bundle import Card, write_bundle
+from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
 from lib.watch.features import features
 from tests.data_sources import mnist
@@ -151,3 +158,134 @@ class FakeRetrains:
 
     def history(self) -> list[Mapping[str, Any]]:
         return self.entries
+
+
+@functools.cache
+def linear_model() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Weights and bias of a model that needs no training: least squares on 8,000 digits."""
+    images, labels = digits("train")
+    pixels = np.hstack([images[:8000].reshape(8000, -1) / 255, np.ones((8000, 1))])
+    squares = pixels.T @ pixels + 10 * np.eye(pixels.shape[1])
+    solved = 8 * np.linalg.solve(squares, pixels.T @ np.eye(10)[labels[:8000]])
+    return (solved[:-1] / 255).astype(np.float32), solved[-1].astype(np.float32)
+
+
+def predict(images_NHWC: Images) -> npt.NDArray[np.float32]:
+    weights, bias = linear_model()
+    scores = images_NHWC.reshape(len(images_NHWC), -1).astype(np.float32) @ weights + bias
+    odds = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return odds / odds.sum(axis=1, keepdims=True)
+
+
+def onnx_model() -> bytes:
+    """The same model as a file."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights, bias = linear_model()
+    constants = {"shape": np.array([-1, 784], np.int64), "weights": weights, "bias": bias}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+            helper.make_node("Reshape", ["floats", "shape"], ["flat"]),
+            helper.make_node("Gemm", ["flat", "weights", "bias"], ["scores"]),
+            helper.make_node("Softmax", ["scores"], ["probabilities"], axis=1),
+        ],
+        "linear",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 28, 28, 1])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["n", 10])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=8)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def write_set(storage: Storage, splits: Mapping[str, slice], *, shard_rows: int = 2000) -> Manifest:
+    """Publish some training digits as a data set, without Ray."""
+    images, labels = digits("train")
+    shards, counts = [], {}
+    for split, rows in splits.items():
+        mine, its = images[rows], labels[rows]
+        counts[split] = tuple(int(count) for count in np.bincount(its, minlength=10))
+        for start in range(0, len(mine), shard_rows):
+            part = mine[start : start + shard_rows].reshape(-1, 784)
+            table = pa.table(
+                {
+                    "image": pa.array([row.tobytes() for row in part], pa.binary(784)),
+                    "label": its[start : start + shard_rows],
+                }
+            )
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink)
+            content = sink.getvalue().to_pybytes()
+            sha256 = hashlib.sha256(content).hexdigest()
+            path = f"data/shards/{sha256[:32]}.parquet"
+            storage.write(path, content)
+            shards.append(
+                Shard(
+                    split=split,
+                    path=path,
+                    rows=len(part),
+                    sha256=sha256,
+                    size_bytes=len(content),
+                )
+            )
+    manifest = Manifest(
+        digest=hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:32],
+        source="mnist",
+        source_digests={},
+        height=28,
+        width=28,
+        channels=1,
+        class_names=tuple("0123456789"),
+        counts=counts,
+        split_digests={},
+        pixel_mean=(0.13,),
+        pixel_std=(0.31,),
+        preprocess=Preprocess(mode="L", fill=(0,)),
+        shards=tuple(shards),
+        seed=0,
+    )
+    storage.write_json(manifest_path(manifest.digest), manifest.to_json())
+    return manifest
+
+
+def write_version(
+    storage: Storage, manifest: Manifest, version: int, *, test_accuracy: float = 0.85
+) -> str:
+    """Publish the linear model as a version; return its bundle."""
+    card = Card(
+        name="digits",
+        version=version,
+        run_id=f"{version:08x}",
+        data_digest=manifest.digest,
+        height=28,
+        width=28,
+        channels=1,
+        class_names=manifest.class_names,
+        preprocess=manifest.preprocess,
+        runtime="onnxruntime",
+        git_commit=None,
+        test_accuracy=test_accuracy,
+    )
+    return write_bundle(storage, card, onnx_model(), None)
+
+
+def serve(storage: Storage, bundles: Mapping[int, str], *, champion: int, **traffic: Any) -> None:
+    """Commit a traffic policy."""
+    model = ModelTraffic(
+        weights={champion: 100.0, **traffic.pop("weights", {})},
+        bundles=dict(bundles),
+        champion=champion,
+        **traffic,
+    )
+    policy.commit(
+        storage,
+        policy.current(storage),
+        {"digits": model},
+        default_model="digits",
+        who="test",
+        why="test",
+    )

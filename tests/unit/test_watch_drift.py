@@ -13,30 +13,10 @@ from scipy import stats
 from lib.watch.drift import LEVEL, Answers, Reference, Window, compare, holm, score
 from lib.watch.features import feature_names, features, grid_shape
 from lib.watch.sequence import BLOCK, THRESHOLD, Evidence, bet
-from tests.watch_parts import Images, blurred, digits, inverted, other_digits, shifted
+from tests.watch_parts import Images, blurred, digits, inverted, other_digits, predict, shifted
 
 ROWS = 250
 """Of a window, as the monitor cuts them."""
-
-
-@cache
-def weights() -> npt.NDArray[np.float64]:
-    """A model that needs no training: least squares on the first training images."""
-    images, labels = digits("train")
-    pixels = _pixels(images[:8000])
-    squares = pixels.T @ pixels + 10 * np.eye(pixels.shape[1])
-    return np.linalg.solve(squares, pixels.T @ np.eye(10)[labels[:8000]])
-
-
-def predict(images_NHWC: Images) -> npt.NDArray[np.float32]:
-    scores = 8 * (_pixels(images_NHWC) @ weights())
-    odds = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return (odds / odds.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def _pixels(images_NHWC: Images) -> npt.NDArray[np.float64]:
-    halves = images_NHWC[:, ::2, ::2, 0].reshape(len(images_NHWC), -1) / 255
-    return np.hstack([halves, np.ones((len(halves), 1))])
 
 
 @cache
