@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from lib.serving.bundle import Card, write_bundle
 from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
 from lib.watch.features import features
+from lib.watch.monitor import Monitor, Options
+from lib.watch.reference import load_reference
 from tests.data_sources import mnist
 
 Images = npt.NDArray[np.uint8]
@@ -289,3 +292,61 @@ def serve(storage: Storage, bundles: Mapping[int, str], *, champion: int, **traf
         who="test",
         why="test",
     )
+
+
+NOW = 1_700_000_000.0
+WATCHED_SPLITS = {"train": slice(8000, 14_000), "val": slice(14_000, 16_000)}
+
+
+@dataclass
+class Line:
+    storage: Storage
+    manifest: Manifest
+    bundles: dict[int, str]
+    log: FakeLog
+    retrains: FakeRetrains
+    now_s: float = NOW
+
+    def monitor(self, *, acts: bool = False, **options: Any) -> Monitor:
+        return Monitor(
+            storage=self.storage,
+            model="digits",
+            log=self.log,
+            retrains=self.retrains,
+            acts=acts,
+            options=Options(**options),
+            clock=lambda: self.now_s,
+        )
+
+    def ask(
+        self, images_NHWC: Images, *, version: int = 1, shadow: bool = False, **more: Any
+    ) -> Any:
+        """Log some requests, a look's worth of time later."""
+        return self.log.add(
+            images_NHWC,
+            predict(images_NHWC),
+            from_s=self.now_s,
+            version=version,
+            shadow=shadow,
+            **more,
+        )
+
+    def later(self, seconds: float = 60.0) -> None:
+        self.now_s += seconds
+
+    def history(self) -> list[str]:
+        return self.storage.list("watch/digits/history")
+
+
+def prepare(root: Path) -> tuple[Manifest, dict[int, str]]:
+    """Write a data set, two versions of a model, and what they are compared with."""
+    storage = Storage(str(root))
+    manifest = write_set(storage, WATCHED_SPLITS)
+    bundles = {version: write_version(storage, manifest, version) for version in (1, 2)}
+    load_reference(storage, bundles, 1)
+    return manifest, bundles
+
+
+def usual(seed: int, num: int) -> Images:
+    images = digits("test")[0]
+    return images[np.random.default_rng(seed).permutation(len(images))[:num]]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,13 @@ Floats = npt.NDArray[np.float64]
 
 LEVEL = 0.01
 """Share of windows without drift that may raise an alarm."""
-TOLERANCE = 0.03
-"""Distance of distribution functions, and of a class's share, that is not called drift."""
+TOLERANCE = 0.02
+"""Distance of distribution functions, and of a class's share, that is not called drift.
+
+Measured: MNIST's test images, by other writers, are up to 0.045 from its training images (median of
+the features: 0.012). Without a tolerance half of all shuffled blocks of 2,000 of them raise an
+alarm, with this one 1 %; of windows of 250 it is 1.6 % and 0.2 %.
+"""
 INPUTS, PREDICTIONS = "inputs", "predictions"
 MIN_ANSWERS = 50
 """Answers of a version in a window below which they are not tested."""
@@ -62,13 +67,17 @@ class Reference:
     """What requests are compared with."""
 
     features_NF: npt.NDArray[np.float32]
-    """Of a sample of the training images."""
+    """Of a sample of the training images; every column by itself in ascending order."""
     feature_names: tuple[str, ...]
     grid: tuple[int, int]
     """The first rows·columns features are the cells of this grid."""
     class_names: tuple[str, ...]
     answers: Mapping[int, Answers] = field(default_factory=dict)
     """Version → its answers to held-out images; on those it was trained with it is too sure."""
+
+    def __post_init__(self) -> None:
+        """Sort the columns: all that is compared are their distributions."""
+        object.__setattr__(self, "features_NF", np.sort(self.features_NF, axis=0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,9 +177,7 @@ def score(
         held_out = reference.answers.get(version)
         if held_out is None or len(answers) < MIN_ANSWERS:
             continue
-        found, p_values = _compare_answers(
-            answers, held_out, len(reference.class_names), tolerance
-        )
+        found, p_values = _compare_answers(answers, held_out, len(reference.class_names), tolerance)
         what = ["confidence", "entropy", *(f"class {name}" for name in reference.class_names)]
         names = [f"version {version}: {name}" for name in what]
         tests.add(PREDICTIONS, names, found, p_values)
@@ -222,17 +229,34 @@ def compare(
 ) -> tuple[Floats, Floats]:
     """Return signed Kolmogorov–Smirnov distance and p-value of every column.
 
-    By the triangle inequality the distance to a distribution that is `tolerance` away exceeds the
-    usual statistic by no more than that: without it, the usual distribution gives the p-value.
-    Ties, such as cells that are always black, make it larger than it need be, never smaller.
+    The reference's columns are each in ascending order. By the triangle inequality the distance to
+    a distribution that is `tolerance` away exceeds the usual statistic by no more than that:
+    without it, the usual distribution gives the p-value. Ties, such as cells that are always black,
+    make it larger than it need be, never smaller.
     """
-    result = stats.ks_2samp(window_NF, reference_MF, axis=0, method="asymp")
+    columns = zip(np.sort(window_NF, axis=0).T, reference_MF.T, strict=True)
+    distance = np.array([_distance(ours, theirs) for ours, theirs in columns])
     num, num_reference = len(window_NF), len(reference_MF)
-    distance = np.asarray(result.statistic, dtype=np.float64)
     effective = max(1, round(num * num_reference / (num + num_reference)))
-    p_value = stats.kstwo.sf(np.maximum(distance - tolerance, 0), effective)
-    # The sign is that of the distribution functions: the one that is higher has the lower values.
-    return -np.asarray(result.statistic_sign) * distance, np.clip(p_value, 0, 1)
+    p_value = stats.kstwo.sf(np.maximum(np.abs(distance) - tolerance, 0), effective)
+    return distance, np.clip(p_value, 0, 1)
+
+
+def _distance(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> float:
+    """Return the largest distance of the distribution functions of two ascending samples.
+
+    As `scipy.stats.ks_2samp` has it, but the reference need not be sorted each time, which takes
+    nearly all of that one's time. The functions are furthest apart at, or just before, one of our
+    values.
+    """
+
+    def above(side: Literal["left", "right"]) -> Floats:
+        at_theirs = np.searchsorted(theirs, ours, side) / len(theirs)
+        return np.asarray(at_theirs - np.searchsorted(ours, ours, side) / len(ours))
+
+    # Where our function is below theirs, our values are the larger ones.
+    larger, smaller = float(above("left").max()), float(-above("right").min())
+    return larger if larger >= smaller else -smaller
 
 
 def _compare_answers(
@@ -241,7 +265,7 @@ def _compare_answers(
     ours, theirs = (
         np.stack([given.confidence_N, given.entropy_N], axis=1) for given in (answers, held_out)
     )
-    distance, p_value = compare(ours, theirs, tolerance)
+    distance, p_value = compare(ours, np.sort(theirs, axis=0), tolerance)
     counts, reference = (
         np.bincount(given.predicted_N, minlength=num_classes) for given in (answers, held_out)
     )

@@ -5,8 +5,10 @@ Arrays in, numbers out. Intervals are Wilson's, which hold near 0 and 1 and for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -101,13 +103,17 @@ class Disagreement:
 
 def wilson(count: int, rows: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return Wilson's score interval of a share."""
-    interval = stats.binomtest(count, rows).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+    # As `scipy.stats.binomtest(…).proportion_ci` has it, which first does a test that takes 3 ms.
+    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    middle = (count + z2 / 2) / (rows + z2)
+    half = math.sqrt(z2 * (count * (rows - count) / rows + z2 / 4)) / (rows + z2)
+    # By rounding it would leave out 0 or 1 by a hair.
+    low = max(0.0, middle - half) if count else 0.0
+    high = min(1.0, middle + half) if count < rows else 1.0
+    return low, high
 
 
-def by_version(
-    rows: Rows, num_classes: int, *, with_classes: bool = True
-) -> list[VersionQuality]:
+def by_version(rows: Rows, num_classes: int, *, with_classes: bool = True) -> list[VersionQuality]:
     """Return what is known of every version, as the one that answered and as a shadow.
 
     Without classes, `class_accuracy` is empty: its intervals are most of the work.
@@ -169,9 +175,10 @@ def is_worse(accuracy: Share, expected: float, *, margin: float, confidence: flo
     """Whether the accuracy is, with this confidence, more than `margin` below the expected one."""
     if not accuracy.rows:
         return False
-    # One-sided: the interval that leaves out `1 - confidence` on its upper side alone.
-    _, high = wilson(accuracy.count, accuracy.rows, 1 - 2 * (1 - confidence))
-    return high < expected - margin
+    # The exact test: Wilson's interval is too sure of itself where nearly all are right.
+    allowed = min(max(expected - margin, 0.0), 1.0)
+    test = stats.binomtest(accuracy.count, accuracy.rows, allowed, alternative="less")
+    return bool(test.pvalue < 1 - confidence)
 
 
 def _of_version(

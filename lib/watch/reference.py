@@ -66,7 +66,7 @@ def load_reference(storage: Storage, bundles: Mapping[int, str], champion: int) 
 
 
 def ensure_features(storage: Storage, manifest: Manifest) -> npt.NDArray[np.float32]:
-    """Return the features (N, F) of a sample of the training images, made now if they never were."""
+    """Return the features (N, F) of a sample of the training images, made now if need be."""
     path = reference_path(manifest.digest)
     if not storage.exists(path):
         progress("monitor", f"sampling the training images of {manifest.digest[:12]}")

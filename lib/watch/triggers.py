@@ -66,7 +66,7 @@ class Decision:
 
     def to_json(self) -> dict[str, Any]:
         """Return the decision as JSON types."""
-        return asdict(self)
+        return {**asdict(self), "triggers": list(self.triggers)}
 
 
 def decide(signs: Signs, rules: Rules, started_s: Sequence[float], *, now_s: float) -> Decision:
@@ -82,9 +82,7 @@ def decide(signs: Signs, rules: Rules, started_s: Sequence[float], *, now_s: flo
     return Decision(retrain=True, triggers=triggers, reason=seen)
 
 
-def _asking(
-    signs: Signs, rules: Rules, started_s: Sequence[float], now_s: float
-) -> dict[str, str]:
+def _asking(signs: Signs, rules: Rules, started_s: Sequence[float], now_s: float) -> dict[str, str]:
     asking = {}
     if signs.drift:
         asking[DRIFT] = signs.drift

@@ -1,13 +1,13 @@
 """The monitor's state as others read it: `watch/<model>/state.json`.
 
-    time, champion, class_names, paused: {what: why}
-    versions: {"3": {accuracy, low, high, labels, rows, failed, confidence, entropy, disagreement,
-               class_accuracy, class_shares, shadow}}          over the last `lookback_s`
-    disagreement: [{shadow, answered_by, disagreed, …}]
-    drift: {score, p_value, alarm, window_alarm, moved, shifts, heat_map, classes, kinds, evidence,
-            block, …}                                          of the newest window
-    history: [{time, versions, drift}]                         oldest first
-    trigger: {retrain, triggers, reason}, retrains: […]
+time, champion, class_names, paused: {what: why}
+versions: {"3": {accuracy, low, high, labels, rows, failed, confidence, entropy, disagreement,
+           class_accuracy, class_shares, shadow}}          over the last `lookback_s`
+disagreement: [{shadow, answered_by, disagreed, …}]
+drift: {score, p_value, alarm, window_alarm, moved, shifts, heat_map, classes, kinds, evidence,
+        block, …}                                          of the newest window
+history: [{time, versions, drift}]                         oldest first
+trigger: {retrain, triggers, reason}, retrains: […]
 """
 
 from __future__ import annotations

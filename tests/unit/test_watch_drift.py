@@ -33,9 +33,7 @@ def reference() -> Reference:
 
 
 def window(images_NHWC: Images) -> Window:
-    return Window(
-        features_NF=features(images_NHWC), answers={1: Answers.of(predict(images_NHWC))}
-    )
+    return Window(features_NF=features(images_NHWC), answers={1: Answers.of(predict(images_NHWC))})
 
 
 @cache
@@ -70,7 +68,9 @@ def test_shuffled_test_images_raise_few_alarms() -> None:
             evidence = evidence.after_window(result.p_value, alarm=result.alarm)
             if evidence.ends_block:
                 block = order[(number + 1 - BLOCK) * ROWS : (number + 1) * ROWS]
-                evidence = evidence.after_block(score(reference(), some(unchanged(), block)).p_value)
+                evidence = evidence.after_block(
+                    score(reference(), some(unchanged(), block)).p_value
+                )
             highest = max(highest, evidence.sudden, evidence.slow)
     assert len(results) == 200
     alarms = sum(result.alarm for result in results)
@@ -175,18 +175,19 @@ def test_nothing_to_test_is_no_drift() -> None:
 
 def test_without_tolerance_the_test_is_scipys() -> None:
     rng = np.random.default_rng(4)
-    ours, theirs = rng.normal(0.2, 1, (300, 3)), rng.normal(0, 1, (5000, 3))
-    distance, p_value = compare(ours.astype(np.float32), theirs.astype(np.float32), 0.0)
-    for column in range(3):
-        known = stats.ks_2samp(
-            ours[:, column].astype(np.float32),
-            theirs[:, column].astype(np.float32),
-            method="asymp",
-        )
-        assert distance[column] == pytest.approx(known.statistic)
+    ours = rng.normal(0.2, 1, (300, 4)).astype(np.float32)
+    theirs = rng.normal(0, 1, (5000, 4)).astype(np.float32)
+    # With many ties, as in cells that are mostly black, and in the other direction.
+    ours[:, 2:], theirs[:, 2:] = np.round(ours[:, 2:]), np.round(theirs[:, 2:])
+    ours[:, 3] -= 1
+    distance, p_value = compare(ours, np.sort(theirs, axis=0), 0.0)
+    for column in range(4):
+        known = stats.ks_2samp(ours[:, column], theirs[:, column], method="asymp")
+        assert distance[column] == pytest.approx(-known.statistic_sign * known.statistic)
         assert p_value[column] == pytest.approx(known.pvalue)
+    assert list(np.sign(distance)) == [1, 1, 1, -1]
     # And what is as far away as tolerated is no evidence.
-    _, tolerant = compare(ours.astype(np.float32), theirs.astype(np.float32), 0.2)
+    _, tolerant = compare(ours[:, :3], np.sort(theirs[:, :3], axis=0), 0.2)
     assert (tolerant > 0.5).all()
 
 
@@ -198,8 +199,8 @@ def test_holm_is_holms() -> None:
 
 
 def test_a_bet_does_not_win_without_drift() -> None:
-    p_values = (np.arange(1_000_000) + 0.5) / 1_000_000
-    assert np.mean([bet(float(p)) for p in p_values[::100]]) <= 1.0
+    p_values = (np.arange(10_000) + 0.5) / 10_000
+    assert 0.98 < np.mean([bet(float(p)) for p in p_values]) <= 1.0
     rng = np.random.default_rng(5)
     passed = 0
     for _ in range(200):

@@ -3,107 +3,52 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
+import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from lib.data.manifest import Manifest
-from lib.line.layout import PROJECT_ROOT
 from lib.storage import Storage
-from lib.watch import memory, reference
+from lib.watch import memory
 from lib.watch.display import show, summary
-from lib.watch.monitor import Monitor, Options
+from lib.watch.monitor import Monitor
 from lib.watch.sequence import BLOCK
 from lib.watch.triggers import Rules
 from lib.watch.windows import Cutting
 from tests.watch_parts import (
+    NOW,
     FakeLog,
     FakeRetrains,
-    Images,
+    Line,
     blurred,
     digits,
     inverted,
     predict,
+    prepare,
     serve,
+    usual,
     write_set,
     write_version,
 )
-
-NOW = 1_700_000_000.0
-SPLITS = {"train": slice(8000, 14_000), "val": slice(14_000, 16_000)}
-
-
-@dataclass
-class Line:
-    storage: Storage
-    manifest: Manifest
-    bundles: dict[int, str]
-    log: FakeLog
-    retrains: FakeRetrains
-    now_s: float = NOW
-
-    def monitor(self, *, acts: bool = False, **options: Any) -> Monitor:
-        return Monitor(
-            storage=self.storage,
-            model="digits",
-            log=self.log,
-            retrains=self.retrains,
-            acts=acts,
-            options=Options(**options),
-            clock=lambda: self.now_s,
-        )
-
-    def ask(self, images_NHWC: Images, *, version: int = 1, shadow: bool = False, **more: Any) -> Any:
-        """Log some requests, a look's worth of time later."""
-        ids = self.log.add(
-            images_NHWC,
-            predict(images_NHWC),
-            from_s=self.now_s,
-            version=version,
-            shadow=shadow,
-            **more,
-        )
-        return ids
-
-    def later(self, seconds: float = 60.0) -> None:
-        self.now_s += seconds
-
-    def history(self) -> list[str]:
-        return self.storage.list("watch/digits/history")
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, dict[int, str]]:
     root = tmp_path_factory.mktemp("watch")
-    storage = Storage(str(root))
-    manifest = write_set(storage, SPLITS)
-    bundles = {version: write_version(storage, manifest, version) for version in (1, 2)}
-    reference.load_reference(storage, bundles, 1)
-    return root, manifest, bundles
+    return root, *prepare(root)
 
 
 @pytest.fixture
 def line(prepared: tuple[Path, Manifest, dict[int, str]], tmp_path: Path) -> Line:
     root, manifest, bundles = prepared
-    subprocess.run(["cp", "-rs", f"{root}/.", str(tmp_path)], check=True)
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     storage = Storage(str(tmp_path))
     serve(storage, bundles, champion=1)
     made = Line(storage, manifest, bundles, FakeLog(), FakeRetrains(clock=lambda: made.now_s))
     return made
-
-
-def usual(seed: int, num: int) -> Images:
-    images = digits("test")[0]
-    return images[np.random.default_rng(seed).permutation(len(images))[:num]]
 
 
 def test_no_policy_pauses(tmp_path: Path) -> None:
@@ -217,7 +162,9 @@ def test_accuracy_comes_from_labels_and_its_fall_is_a_trigger(line: Line) -> Non
     right = predict(images[:200]).argmax(axis=1) == labels[:200]
     assert (version["labels"], version["accuracy"]) == (200, right.mean())
     assert version["low"] < version["accuracy"] < version["high"]
-    line.log.labels = {name: (int(label) + 1) % 10 for name, label in zip(ids, labels, strict=False)}
+    line.log.labels = {
+        name: (int(label) + 1) % 10 for name, label in zip(ids, labels, strict=False)
+    }
     state = monitor.look()
     assert "quality" in state["trigger"]["triggers"]
     assert "400 labelled" in state["trigger"]["reason"]
@@ -273,9 +220,7 @@ def test_acting_starts_one_retrain_and_then_cools_down(line: Line) -> None:
     assert len(line.retrains.entries) == 2
 
 
-def test_a_retrain_that_does_not_start_is_said(
-    line: Line, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_retrain_that_does_not_start_is_said(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(reason: str) -> str:
         raise OSError("Ray is away")
 
@@ -309,70 +254,3 @@ def test_what_a_disk_did_to_the_newest_file_is_survived(line: Line) -> None:
     Path(line.storage.path(line.history()[-1])).write_bytes(b'{"half": ')
     Path(line.storage.path(memory.state_path("digits"))).unlink()
     assert line.monitor().look()["drift"]["evidence"]["windows"] == 1
-
-
-KILLED = """
-import sys, numpy as np
-from lib.storage import Storage
-from lib.watch.monitor import Monitor, Options
-from lib.watch.windows import Cutting
-from tests.watch_parts import FakeLog, FakeRetrains, digits, predict
-
-log = FakeLog()
-images = digits("test")[0][:3000]
-log.add(images, predict(images), from_s=1_700_000_000.0)
-now_s = 1_700_000_060.0
-monitor = Monitor(storage=Storage(sys.argv[1]), model="digits", log=log,
-                  retrains=FakeRetrains(clock=lambda: now_s), clock=lambda: now_s,
-                  options=Options(cutting=Cutting(rows=50, most_windows=1000)))
-# One window a look, so that there is much to be killed in.
-read = log.read
-def a_window(*given, start_us, end_us, columns=None):
-    rows = read(*given, start_us=start_us, end_us=end_us, columns=columns)
-    return rows if columns is None or "index" in columns else rows.slice(0, 50)
-log.read = a_window
-print("ready", flush=True)
-while True:
-    state = monitor.look()
-    if state["drift"]["evidence"]["windows"] == 60:
-        break
-print("done", flush=True)
-"""
-
-
-def test_killed_at_any_point_it_goes_on_where_it_was(line: Line) -> None:
-    rng = random.Random(0)
-    done, kills = False, 0
-    deadline = time.monotonic() + 120
-    while not done:
-        assert time.monotonic() < deadline
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, line.storage.uri],
-            cwd=PROJECT_ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout
-        assert process.stdout.readline().strip() == "ready"
-        # At most three kills: starting a process takes longest here.
-        if kills < 3:
-            before = len(line.history())
-            wanted = before + rng.randint(3, 12)
-            while len(line.history()) < wanted and process.poll() is None:
-                time.sleep(rng.random() * 0.005)
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-            process.wait()
-        else:
-            done = process.stdout.readline().strip() == "done"
-            process.wait()
-        state = line.storage.read_json(memory.state_path("digits"))
-        assert state["model"] == "digits"
-    assert kills == 3
-    looks = [line.storage.read_json(path) for path in line.history()]
-    windows = [window for look in looks for window in look["windows"]]
-    assert len(windows) == 60
-    assert sum(window["rows"] for window in windows) == 3000
-    for earlier, later in zip(windows, windows[1:], strict=False):
-        assert earlier["end"] < later["start"]
-    assert looks[-1]["memory"]["evidence"]["windows"] == 60

@@ -24,7 +24,9 @@ def test_small_splits_are_taken_whole_and_kept(storage: Storage) -> None:
     bundle = write_version(storage, manifest, 1)
     found = reference.load_reference(storage, {1: bundle}, 1)
     images = digits("train")[0]
-    np.testing.assert_allclose(found.features_NF, features(images[:5000]), rtol=1e-6)
+    expected_NF = features(images[:5000])
+    np.testing.assert_array_equal(found.features_NF, np.sort(expected_NF, axis=0))
+    np.testing.assert_array_equal(reference.ensure_features(storage, manifest), expected_NF)
     expected = predict(images[5000:6000])
     np.testing.assert_array_equal(found.answers[1].predicted_N, expected.argmax(axis=1))
     np.testing.assert_allclose(found.answers[1].confidence_N, expected.max(axis=1), atol=1e-4)
