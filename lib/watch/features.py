@@ -13,7 +13,7 @@ Features = npt.NDArray[np.float32]
 GRID = 7
 """Cells along each side; images with fewer pixels along one have as many as pixels there."""
 GLOBALS = ("mean", "contrast", "edges")
-"""Mean and standard deviation of the pixels, and the mean step between neighbours (less by blur)."""
+"""Mean and standard deviation of the pixels, and the mean step between neighbours (blur: less)."""
 _CHUNK_ROWS = 1024
 """Images that are wider than bytes at the same time."""
 

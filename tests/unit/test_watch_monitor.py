@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import random
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -254,3 +257,50 @@ def test_what_a_disk_did_to_the_newest_file_is_survived(line: Line) -> None:
     Path(line.storage.path(line.history()[-1])).write_bytes(b'{"half": ')
     Path(line.storage.path(memory.state_path("digits"))).unlink()
     assert line.monitor().look()["drift"]["evidence"]["windows"] == 1
+
+
+def test_killed_at_any_point_it_goes_on_where_it_was(line: Line) -> None:
+    line.ask(digits("test")[0][:1200])
+    line.later()
+    read = line.log.read
+
+    def a_window(*given: Any, columns: Any = None, **more: Any) -> Any:
+        """One window a look, so that there is much to be killed in."""
+        rows = read(*given, columns=columns, **more)
+        return rows.slice(0, 50) if columns and "features" in columns else rows
+
+    line.log.read = a_window  # type: ignore[method-assign]
+    monitor = line.monitor(cutting=Cutting(rows=50))
+
+    def look_on() -> None:
+        while monitor.look()["drift"]["evidence"]["windows"] < 24:
+            pass
+
+    rng = random.Random(0)
+    fork = multiprocessing.get_context("fork")
+    deadline, kills, before = time.monotonic() + 200, 0, 0
+    while True:
+        process = fork.Process(target=look_on)
+        process.start()
+        # Killed anywhere in a look, once some are done.
+        wanted = before + rng.randint(1, 4)
+        while process.is_alive() and len(line.history()) < wanted:
+            process.join(0.005)
+            assert time.monotonic() < deadline
+        process.join(rng.random() * 0.05)
+        process.kill()
+        process.join()
+        if line.storage.exists(memory.state_path("digits")):
+            assert line.storage.read_json(memory.state_path("digits"))["model"] == "digits"
+        before = len(line.history())
+        if before == 24:
+            break
+        kills += 1
+    assert kills >= 5
+    looks = [line.storage.read_json(path) for path in line.history()]
+    windows = [window for look in looks for window in look["windows"]]
+    assert len(windows) == 24
+    assert sum(window["rows"] for window in windows) == 1200
+    for earlier, later in zip(windows, windows[1:], strict=False):
+        assert earlier["end"] < later["start"]
+    assert looks[-1]["memory"]["evidence"]["windows"] == 24
