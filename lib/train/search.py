@@ -26,6 +26,7 @@ from lib.registry.tracking import SweepRecord, SweepRun, reopen_sweep, start_swe
 from lib.storage import Storage
 from lib.train.experiment import Experiment
 from lib.train.feed import Feed
+from lib.train.gauges import SweepGauges
 from lib.train.journal import Journal
 from lib.train.progress import CLOSED, SESSION, Progress, TrialState, pareto_front
 from lib.train.report import Limits, SweepReport
@@ -35,6 +36,7 @@ from lib.train.schedulers import build_scheduler, rung_counts, scheduler_of
 from lib.train.searcher import StudySearcher
 from lib.train.trainable import Desk
 from lib.train.work import Work, work_of
+from lib.watch.gauges import Gauges
 
 _MAX_PROCESS_FAILURES = 3
 """A trial whose process died this often in a row is given up."""
@@ -186,6 +188,8 @@ def _run(
             look_up=resumed,
         )
         feed.start(record, journal.events)
+        gauges = SweepGauges(Gauges(), sweep.run_id, experiment.objective, progress)
+        progress.listeners.append(gauges.noted)
         journal.events = []
         if resumed:
             ended = len(progress.trials) - len(progress.interrupted())

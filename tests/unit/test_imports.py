@@ -37,6 +37,10 @@ PURE = (
     "lib.serving.bundle",
     "lib.serving.record",
     "lib.watch.metrics",
+    "lib.watch.counts",
+    "lib.watch.panels",
+    "lib.watch.dashboards",
+    "lib.watch.alerts",
 )
 IMPURE = {"ray", "mlflow", "requests", "aiohttp", "httpx", "http", "urllib", "fastapi", "starlette"}
 
