@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -54,9 +54,9 @@ class VersionCounts:
     errors: float = 0.0
     """Answers with a status of 500 or above."""
     latency_sum_s: float = 0.0
-    buckets: Counter[float] = field(default_factory=Counter)
+    buckets: dict[float, float] = field(default_factory=dict)
     """Upper bound in seconds → requests answered within it."""
-    shadow: Counter[str] = field(default_factory=Counter)
+    shadow: dict[str, float] = field(default_factory=dict)
     """Copies by what became of them: agreed, disagreed, dropped or failed."""
 
     def quantile_s(self, q: float) -> float:
@@ -113,8 +113,10 @@ def _add(counts: VersionCounts, sample: Sample, grown: float) -> None:
         counts.requests += grown
         counts.errors += grown * sample.labels["status"].startswith("5")
     elif sample.name == metrics.LATENCY_BUCKET.exported:
-        counts.buckets[float(sample.labels["le"])] += grown
+        bound_s = float(sample.labels["le"])
+        counts.buckets[bound_s] = counts.buckets.get(bound_s, 0.0) + grown
     elif sample.name == metrics.LATENCY_SUM.exported:
         counts.latency_sum_s += grown
     elif sample.name == metrics.SHADOWED.exported:
-        counts.shadow[sample.labels["result"]] += grown
+        result = sample.labels["result"]
+        counts.shadow[result] = counts.shadow.get(result, 0.0) + grown

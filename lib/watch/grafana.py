@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -98,10 +99,10 @@ def provision(
     grafana = _Grafana(settings, sleep)
     return {
         "grafana": settings.url,
-        "datasource": _twice(lambda: _datasource(grafana, settings.prometheus_url)),
-        "folder": _twice(lambda: _folder(grafana)),
+        "datasource": _twice(partial(_datasource, grafana, settings.prometheus_url)),
+        "folder": _twice(partial(_folder, grafana)),
         "dashboards": {
-            dashboard.uid: _twice(lambda dashboard=dashboard: _dashboard(grafana, dashboard))
+            dashboard.uid: _twice(partial(_dashboard, grafana, dashboard))
             for dashboard in dashboards
         },
     }
@@ -202,7 +203,7 @@ def _twice(ensure: Callable[[], str]) -> str:
 
 
 def _datasource(grafana: _Grafana, prometheus_url: str) -> str:
-    wanted = {
+    wanted: dict[str, Any] = {
         "uid": DATASOURCE_UID,
         "name": DATASOURCE_NAME,
         "type": "prometheus",
