@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,27 @@ def test_queries_ask_for_metrics_that_are_reported_and_for_nothing_unknown() -> 
         asked |= set(re.findall(r"ray_rayline_\w+", expr))
     assert asked <= known
     assert {metric.exported for metric in metrics.GAUGES} <= asked
+
+
+def test_prometheus_parses_every_query(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        return  # Debian's package `prometheus` has it; without it there is no Prometheus either.
+    exprs = [t.expr for board in DASHBOARDS for panel in board.panels() for t in panel.targets]
+    rules = [
+        {"record": f"panel:number_{index}", "expr": filled(expr)}
+        for index, expr in enumerate(exprs)
+    ]
+    groups = {"groups": [{"name": "panels", "rules": rules}]}
+    (tmp_path / "panels.json").write_text(json.dumps(groups))
+    checked = subprocess.run(
+        [promtool, "check", "rules", "--lint=none", str(tmp_path / "panels.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert f"{len(exprs)} rules found" in checked.stdout
 
 
 def test_a_dashboard_s_digest_follows_what_is_rendered() -> None:
