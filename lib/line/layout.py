@@ -82,17 +82,18 @@ class Line:
         )
         ray_url = (env.get("RAY_API_SERVER_ADDRESS") or "").rstrip("/")
         mlflow_url = (env.get("MLFLOW_TRACKING_URI") or "").rstrip("/")
+        given_ray = ray_url if ray_url not in {"", line.dashboard_url} else None
+        # Beside a cluster that was given this line starts none, so one at that address is given.
+        own_prometheus = line.own_prometheus_url if given_ray is None else ""
         prometheus_url = (env.get("RAYLINE_PROMETHEUS_URL") or "").rstrip("/")
         return cls(
             home=home,
             ports=line.ports,
             host=line.host,
-            ray_url=ray_url if ray_url not in {"", line.dashboard_url} else None,
+            ray_url=given_ray,
             mlflow_url=mlflow_url if mlflow_url not in {"", line.tracking_uri} else None,
             storage_uri=line.storage_uri,
-            prometheus_url=(
-                prometheus_url if prometheus_url not in {"", line.own_prometheus_url} else None
-            ),
+            prometheus_url=prometheus_url if prometheus_url not in {"", own_prometheus} else None,
             grafana_url=(env.get("GRAFANA_URL") or "").rstrip("/") or None,
         )
 

@@ -104,6 +104,12 @@ def test_a_prometheus_that_is_given_is_used_and_none_is_started(tmp_path: Path) 
     # One that the line itself started, as its env file names it, is not taken as given.
     again = line(tmp_path, RAYLINE_PROMETHEUS_URL=line(tmp_path).own_prometheus_url)
     assert again.prometheus_url is None
+    beside = line(
+        tmp_path,
+        RAY_API_SERVER_ADDRESS="http://127.0.0.1:1234",
+        RAYLINE_PROMETHEUS_URL="http://127.0.0.1:9090",
+    )
+    assert beside.prometheus_url == "http://127.0.0.1:9090"
 
 
 def test_ray_s_dashboard_embeds_our_dashboards_of_a_grafana_and_learns_no_secret(
