@@ -35,3 +35,7 @@ class ServingError(RaylineError):
 
 class LineError(RaylineError):
     """A part of the line (Ray, MLflow, Prometheus) did not start, answer or end."""
+
+
+class WatchError(RaylineError):
+    """What watches the models (Prometheus, Grafana, Ray's metrics) does not answer, or refuses."""

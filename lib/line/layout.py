@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import socket
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from lib.config import MAX_BODY_BYTES
 from lib.errors import ConfigError, LineError
 from lib.line.ports import RANGE_SIZE, read_ports, variable
 from lib.line.processes import LINE_VARIABLE, PART_VARIABLE
+from lib.watch.dashboards import embedding
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 PRIVATE = {
@@ -36,6 +38,9 @@ _NOT_INHERITED = (
     "RAYLINE_PROVENANCE",
     "RAYLINE_MODEL",
     "PYTHONPATH",
+    # Secrets of who provisions; no part of the line needs them.
+    "GRAFANA_TOKEN",
+    "GRAFANA_PASSWORD",
 )
 
 
@@ -54,6 +59,10 @@ class Line:
     """MLFLOW_TRACKING_URI, if a server was given; else this line starts one."""
     storage_uri: str | None
     """RAYLINE_STORAGE, if given; else a folder in `home`."""
+    prometheus_url: str | None = None
+    """RAYLINE_PROMETHEUS_URL, if given; else this line starts one where it is installed."""
+    grafana_url: str | None = None
+    """GRAFANA_URL: the Grafana whose dashboards Ray's dashboard is to embed."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Line:
@@ -73,13 +82,19 @@ class Line:
         )
         ray_url = (env.get("RAY_API_SERVER_ADDRESS") or "").rstrip("/")
         mlflow_url = (env.get("MLFLOW_TRACKING_URI") or "").rstrip("/")
+        given_ray = ray_url if ray_url not in {"", line.dashboard_url} else None
+        # Beside a cluster that was given this line starts none, so one at that address is given.
+        own_prometheus = line.own_prometheus_url if given_ray is None else ""
+        prometheus_url = (env.get("RAYLINE_PROMETHEUS_URL") or "").rstrip("/")
         return cls(
             home=home,
             ports=line.ports,
             host=line.host,
-            ray_url=ray_url if ray_url not in {"", line.dashboard_url} else None,
+            ray_url=given_ray,
             mlflow_url=mlflow_url if mlflow_url not in {"", line.tracking_uri} else None,
             storage_uri=line.storage_uri,
+            prometheus_url=prometheus_url if prometheus_url not in {"", own_prometheus} else None,
+            grafana_url=(env.get("GRAFANA_URL") or "").rstrip("/") or None,
         )
 
     def __post_init__(self) -> None:
@@ -120,6 +135,17 @@ class Line:
     def tracking_uri(self) -> str:
         """The MLflow server."""
         return self.mlflow_url or f"http://127.0.0.1:{self.ports['mlflow']}"
+
+    @property
+    def own_prometheus_url(self) -> str:
+        """The Prometheus that this line starts, if it does."""
+        return f"http://127.0.0.1:{self.ports['prometheus']}"
+
+    @property
+    def starts_prometheus(self) -> bool:
+        """Whether this line starts a Prometheus: none was given, and the program is there."""
+        wanted = self.ray_url is None and self.prometheus_url is None
+        return wanted and shutil.which("prometheus") is not None
 
     @property
     def storage(self) -> str:
@@ -164,7 +190,13 @@ class Line:
             "RAYLINE_HTTP_PORT": str(self.ports["http"]),
             "RAYLINE_GRPC_PORT": str(self.ports["grpc"]),
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
+            **self._watch_env(),
         }
+
+    def _watch_env(self) -> dict[str, str]:
+        url = self.own_prometheus_url if self.starts_prometheus else self.prometheus_url
+        # Without one, `lib.watch.prometheus` reads Ray's metrics directly.
+        return {"RAYLINE_PROMETHEUS_URL": url} if url else {}
 
     def client_env(self) -> dict[str, str]:
         """Return what a shell needs for `ray`, `serve`, `mlflow` and the jobs."""
@@ -220,7 +252,8 @@ class Line:
             "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(self.ports["replicas_grpc"] + RANGE_SIZE),
             "AUTOSCALER_METRIC_PORT": ports["autoscaler_metrics"],
             "DASHBOARD_METRIC_PORT": ports["dashboard_metrics"],
-            "RAY_PROMETHEUS_HOST": f"http://127.0.0.1:{ports['prometheus']}",
+            "RAY_PROMETHEUS_HOST": self.prometheus_url or self.own_prometheus_url,
+            **(embedding(self.grafana_url) if self.grafana_url else {}),
         }
 
     def prepare(self) -> None:

@@ -58,6 +58,8 @@ _PLACES = {
     "RAYLINE_STORAGE": "data sets, models and policy: a folder or URI (.rayline/storage)",
     "RAY_API_SERVER_ADDRESS": "a Ray cluster that is up, instead of starting one",
     "MLFLOW_TRACKING_URI": "an MLflow server that is up, instead of starting one",
+    "RAYLINE_PROMETHEUS_URL": "a Prometheus that reads Ray's metrics, instead of starting one",
+    "GRAFANA_URL": "a Grafana with Rayline's dashboards, which Ray's dashboard then embeds",
     "RAYLINE_HTTP_HOST": "address that the inference port binds (127.0.0.1)",
     "RAYLINE_LOG_IMAGES": "percent of requests whose images are logged; at the head's start (100)",
     "RAYLINE_MODEL": "name of the model (digits, or after the folder)",

@@ -19,6 +19,7 @@ from lib.registry.tracking import SweepRecord, SweepRun, reopen_sweep, start_swe
 from lib.storage import Storage
 from lib.train.experiment import Experiment
 from lib.train.feed import Feed
+from lib.train.gauges import SweepGauges
 from lib.train.journal import Journal
 from lib.train.progress import ASKED, CLOSED, RECORDED, REOPENED, SESSION, Progress
 from lib.train.result import SweepResult
@@ -27,6 +28,7 @@ from lib.train.schedulers import rung_counts, scheduler_of
 from lib.train.session import Session
 from lib.train.trainable import Desk
 from lib.train.work import Work, work_of
+from lib.watch.gauges import Gauges
 
 _NEVER = "Never"
 _LIMITS = ("num_trials", "num_parallel", "max_failed_trials")
@@ -179,6 +181,8 @@ def _run(
             look_up=resumed,
         )
         feed.start(record, journal.events)
+        gauges = SweepGauges(Gauges(), sweep.run_id, experiment.objective, progress)
+        progress.listeners.append(gauges.noted)
         journal.events = []
         if resumed:
             ended = len(progress.trials) - len(progress.interrupted())

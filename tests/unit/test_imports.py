@@ -45,6 +45,10 @@ PURE = (
     "lib.watch.predictions",
     "lib.watch.answers",
     "lib.watch.recorder",
+    "lib.watch.counts",
+    "lib.watch.panels",
+    "lib.watch.dashboards",
+    "lib.watch.alerts",
 )
 IMPURE = {"ray", "mlflow", "requests", "aiohttp", "httpx", "http", "urllib", "fastapi", "starlette"}
 
