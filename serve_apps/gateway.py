@@ -23,6 +23,7 @@ from lib.serving.router import Images, Probabilities, Router, with_retries
 from lib.serving.shadow import FLUSH_EVERY_S
 from lib.serving.traffic import COLOCATED
 from lib.storage import Storage
+from lib.watch.stats import Stats
 from serve_apps import fast_lane
 from serve_apps.asgi import App
 from serve_apps.endpoints import Endpoints, routes
@@ -101,6 +102,7 @@ class Gateway(GrpcLane):
     async def _keep_records(self) -> None:
         """Report counts, write what shadows said, and one log line for many requests."""
         reporter = Reporter()
+        stats = Stats(self._storage, serve.get_replica_context().replica_id.unique_id)
         while True:
             await asyncio.sleep(FLUSH_EVERY_S)
             record, self._app.record = self._app.record, Record()
@@ -109,10 +111,15 @@ class Gateway(GrpcLane):
                 _log.info("%d requests of %s to %s: %d", count, caller, what, status)
             reporter.report(record.increments())
             reporter.report(self._router.shadows.increments())
-            try:
-                await asyncio.to_thread(self._router.shadows.flush)
-            except Exception:
-                _log.exception("what shadows said could not be written; it is kept for now")
+            stats.add(record)
+            for what, flush in (
+                ("what shadows said", self._router.shadows.flush),
+                ("the counts that the console draws", stats.flush),
+            ):
+                try:
+                    await asyncio.to_thread(flush)
+                except Exception:
+                    _log.exception("%s could not be written; it is kept for now", what)
 
     async def _make_predict(self, card: Card, bundle: str, placement: str) -> Predict:
         if placement == COLOCATED:
