@@ -4,6 +4,7 @@ import { byId } from "./dom.js";
 
 const STORED = "rayline-key";
 let waiting = null; // one question to the user, whoever else needs a key meanwhile
+let isDeclined = false; // then only the button asks again
 
 /** What the gateway said no with. */
 export class ApiError extends Error {
@@ -21,7 +22,8 @@ export async function ask(path, options = {}) {
     const response = await fetch(path, { ...options, headers, cache: "no-store" });
     if (response.status !== 401) return read(response);
     if (sessionStorage.getItem(STORED) !== key) continue; // typed in meanwhile
-    if (!(await keyFromUser(key !== null))) throw new ApiError(401, "An API key is needed.");
+    const isGiven = !isDeclined && (await keyFromUser(key !== null));
+    if (!isGiven) throw new ApiError(401, "An API key is needed: use the button above.");
   }
 }
 
@@ -39,11 +41,13 @@ async function read(response) {
 /** Open the dialog; resolves to whether there is a key now. */
 export function keyFromUser(wasRefused = false) {
   if (wasRefused) sessionStorage.removeItem(STORED);
+  if (waiting) return waiting;
   byId("key-problem").textContent = wasRefused ? "That key is not valid here." : "";
-  waiting ??= new Promise((resolve) => {
+  waiting = new Promise((resolve) => {
     const dialog = byId("key-dialog");
     const end = (given) => {
       waiting = null;
+      isDeclined = !given;
       byId("key").hidden = given;
       dialog.close();
       resolve(given);

@@ -1,6 +1,6 @@
 // The drawing pad: strokes in, a picture as the training images are out.
 
-const RESOLUTION = 20; // canvas pixels per pixel of the model
+const NUM_PIXELS = 560; // of the canvas, about, in its longer direction
 const INK_SHARE = 20 / 28; // of the frame; digits of MNIST are fitted into 20 of 28 pixels
 
 /** A canvas to draw on with mouse, touch or pen. */
@@ -24,8 +24,9 @@ export class Pad {
     this.width = width;
     this.paper = fill?.[0] ?? 0;
     this.ink = this.paper < 128 ? 255 : 0;
-    this.canvas.width = width * RESOLUTION;
-    this.canvas.height = height * RESOLUTION;
+    this.resolution = Math.max(1, Math.round(NUM_PIXELS / Math.max(height, width)));
+    this.canvas.width = width * this.resolution;
+    this.canvas.height = height * this.resolution;
     this.clear();
   }
 
@@ -72,7 +73,7 @@ export class Pad {
   #line(from, to) {
     const { context } = this;
     context.strokeStyle = grey(this.ink);
-    context.lineWidth = (Math.min(this.width, this.height) * RESOLUTION) / 12;
+    context.lineWidth = (Math.min(this.width, this.height) * this.resolution) / 12;
     context.lineCap = context.lineJoin = "round";
     context.beginPath();
     context.moveTo(from.x, from.y);
@@ -139,17 +140,17 @@ function inkBox({ data, width, height }, { paper }) {
 }
 
 /** Shrink to the model's size: every pixel the mean of its square. */
-function means({ data, width }, { width: columns, height: rows }) {
+function means({ data, width }, { width: columns, height: rows, resolution }) {
   const out = new ImageData(columns, rows);
   for (let row = 0; row < rows; row += 1) {
     for (let column = 0; column < columns; column += 1) {
       let sum = 0;
-      for (let y = 0; y < RESOLUTION; y += 1) {
-        const start = (row * RESOLUTION + y) * width + column * RESOLUTION;
-        for (let x = 0; x < RESOLUTION; x += 1) sum += data[4 * (start + x)];
+      for (let y = 0; y < resolution; y += 1) {
+        const start = (row * resolution + y) * width + column * resolution;
+        for (let x = 0; x < resolution; x += 1) sum += data[4 * (start + x)];
       }
       const at = 4 * (row * columns + column);
-      out.data.fill(Math.round(sum / RESOLUTION ** 2), at, at + 3);
+      out.data.fill(Math.round(sum / resolution ** 2), at, at + 3);
       out.data[at + 3] = 255;
     }
   }
