@@ -29,13 +29,13 @@ export class Answers {
 
   /** Show a model: its versions, its classes, and samples of its data. */
   show(model) {
-    const isOther = JSON.stringify(this.model) !== JSON.stringify(model);
-    if (!isOther) return;
+    if (JSON.stringify(this.model) === JSON.stringify(model)) return;
     const isNewShape = this.model?.name !== model.name || `${this.model.shape}` !== `${model.shape}`;
     this.model = model;
     if (isNewShape) {
       this.pad.fit(model.shape, model.fill);
       byId("canvas").hidden = !model.isDrawable;
+      byId("board").classList.toggle("light", (model.fill?.[0] ?? 0) > 127);
       byId("ask-title").textContent = model.isDrawable ? "Draw a picture" : "Upload a picture";
       this.clear();
       this.#showClasses();
