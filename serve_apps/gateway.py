@@ -111,15 +111,15 @@ class Gateway(GrpcLane):
                 _log.info("%d requests of %s to %s: %d", count, caller, what, status)
             reporter.report(record.increments())
             reporter.report(self._router.shadows.increments())
-            stats.add(record)
-            for what, flush in (
-                ("what shadows said", self._router.shadows.flush),
-                ("the counts that the console draws", stats.flush),
-            ):
-                try:
-                    await asyncio.to_thread(flush)
-                except Exception:
-                    _log.exception("%s could not be written; it is kept for now", what)
+            try:
+                await asyncio.to_thread(self._router.shadows.flush)
+            except Exception:
+                _log.exception("what shadows said could not be written; it is kept for now")
+            try:
+                stats.add(record)
+                await asyncio.to_thread(stats.flush)
+            except Exception:
+                _log.exception("the counts for the console could not be written; they are kept")
 
     async def _make_predict(self, card: Card, bundle: str, placement: str) -> Predict:
         if placement == COLOCATED:

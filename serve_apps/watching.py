@@ -19,11 +19,11 @@ following of them and does without whatever is absent; times are ISO 8601 or sec
          "drift": {"score": 0.1, "p_value": 0.4, "alarm": false, "moved": ["class 3", "row 2"]},
          "history": [{"time": "…", "versions": {"3": {…}}, "drift": {…}}, …]},   # oldest first
        "rollout": {                         # rollouts/MODEL/state.json, of jobs/rollout
-         "candidate": 4, "champion": 3, "status": "running",   # paused, promoted, rolled_back
-         "stage": "canary-5", "stages": ["replay", "shadow", "canary-1", …], "weight": 5,
-         "since": "…", "reason": "…",
-         "gates": [{"name": "error_rate", "verdict": "pass", "value": 0, "limit": 0.01,
-                    "samples": 812}],
+         "candidate": 4, "champion": 3, "weight": 5, "since": "…", "reason": "…",
+         "status": "running",     # paused, held, withdrawing, rolled_back, aborted, promoted
+         "stage": "canary-5", "stages": ["replay", "shadow", "canary-1", …],
+         "gates": [{"name": "errors", "verdict": "pass", "value": 0, "champion": 0,   # wait, breach
+                    "limit": 0.01, "samples": 812}],
          "history": [{"time": "…", "stage": "shadow", "status": "passed", "reason": "…"}]}}},
      "links": {"MLflow": "http://…", "Ray dashboard": "http://…"}}
 

@@ -9,11 +9,12 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import uvicorn
@@ -28,6 +29,7 @@ from lib.storage import Storage
 from lib.watch.metrics import LATENCY_BUCKETS_S
 from lib.watch.overview import rollout_path, watch_path
 from lib.watch.stats import BUCKET_S, FOLDER, KEPT_S
+from serve_apps.asgi import App
 from tests.data_sources import mnist
 from tests.unit.serving_parts import app_over, by_brightness, card
 
@@ -183,7 +185,7 @@ def _rollout(now_s: int) -> Mapping[str, Any]:
         "status": "running",
         "stage": "canary-5",
         "stages": [
-            "replay", "shadow", "canary-1", "canary-5", "canary-25", "canary-50", "full",
+            "replay", "shadow", "canary-1", "canary-5", "canary-25", "canary-50", "canary-100",
         ],  # fmt: skip
         "weight": 5,
         "since": now_s - 260,
@@ -191,7 +193,7 @@ def _rollout(now_s: int) -> Mapping[str, Any]:
         "gates": [
             {"name": "error_rate", "verdict": "pass", "value": 0, "limit": 0.01, "samples": 812},
             {"name": "p99_ms", "verdict": "pass", "value": 11.2, "limit": 14.6, "samples": 812},
-            {"name": "accuracy", "verdict": "waits", "value": 0.981, "limit": 0.975, "samples": 64},
+            {"name": "accuracy", "verdict": "wait", "value": 0.981, "limit": 0.975, "samples": 64},
         ],
         "history": [
             {"time": now_s - 1900, "stage": "replay", "status": "passed", "reason": "2,000 rows"},
@@ -201,17 +203,50 @@ def _rollout(now_s: int) -> Mapping[str, Any]:
     }
 
 
+@dataclass(slots=True)
+class Served:
+    """Where a gateway answers, and the true labels that it took."""
+
+    url: str
+    labels: list[dict[str, Any]] = field(default_factory=list)
+
+    def noting_labels(self, app: App) -> Any:
+        """Put a note of every label that is acknowledged in front of an application."""
+
+        async def noting(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] != "http" or scope["path"] != "/feedback":
+                await app(scope, receive, send)
+                return
+            bodies: list[bytes] = []
+
+            async def received() -> Any:
+                message = await receive()
+                bodies.append(message.get("body", b""))
+                return message
+
+            async def sent(message: Any) -> None:
+                if message.get("status") == 200:
+                    self.labels.append(orjson.loads(b"".join(bodies)))
+                await send(message)
+
+            await app(scope, received, sent)
+
+        return noting
+
+
 @contextmanager
-def served(storage: Storage) -> Iterator[str]:
-    """Serve what the storage's policy says; yields the address."""
+def served(storage: Storage) -> Iterator[Served]:
+    """Serve what the storage's policy says."""
     listener = socket.create_server(("127.0.0.1", 0))
     started = threading.Event()
     servers: list[uvicorn.Server] = []
+    line = Served(f"http://127.0.0.1:{listener.getsockname()[1]}")
 
     async def main() -> None:
         router = Router(storage, make_predict)
         await router.refresh()
-        config = uvicorn.Config(app_over(router, storage), lifespan="off", log_level="warning")
+        app = line.noting_labels(app_over(router, storage))
+        config = uvicorn.Config(app, lifespan="off", log_level="warning")
         servers.append(uvicorn.Server(config))
         started.set()
         await servers[0].serve(sockets=[listener])
@@ -220,7 +255,7 @@ def served(storage: Storage) -> Iterator[str]:
     thread.start()
     try:
         assert started.wait(30), "the server did not start"
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield line
     finally:
         for server in servers:
             # Browsers keep their connections.

@@ -2,9 +2,11 @@
 
 import { ago, byId, count, h, isNumber, onChange, short } from "./dom.js";
 
-const STAGES = ["replay", "shadow", "canary-1", "canary-5", "canary-25", "canary-50", "full"];
-const GOOD = ["pass", "passed", "ok", "promoted", "done"];
-const BAD = ["fail", "failed", "breach", "breached", "rolled_back", "aborted", "stopped"];
+const CANARIES = [1, 5, 25, 50, 100].map((percent) => `canary-${percent}`);
+const STAGES = ["replay", "shadow", ...CANARIES];
+const GOOD = ["pass", "passed", "promoted"];
+const WARN = ["paused", "held"];
+const BAD = ["breach", "withdrawing", "rolled_back", "aborted"];
 
 export const showRollout = onChange((rollout) => {
   const status = word(rollout?.status);
@@ -30,7 +32,7 @@ function parts(rollout) {
     candidate !== undefined && `Version ${candidate}`,
     champion !== undefined && `against version ${champion}`,
     isNumber(weight) && `with ${short(weight)} % of the traffic`,
-    since && `for this step since ${ago(since)}`,
+    since && `· this step began ${ago(since)}`,
   ];
   return [
     h("p", {}, who.filter(Boolean).join(" ")),
@@ -44,7 +46,7 @@ function parts(rollout) {
 function steps({ stage, stages, status }) {
   const names = (Array.isArray(stages) && stages.length ? stages : STAGES).map(String);
   const now = names.indexOf(word(stage));
-  const isOver = GOOD.includes(word(status));
+  const isOver = word(status) === "promoted";
   const items = names.map((name, index) => {
     const state = isOver || index < now ? "done" : index === now ? kind(word(status)) || "now" : "";
     const current = index === now && !isOver ? "step" : null;
@@ -61,10 +63,11 @@ function gates(list) {
     h(
       "li",
       {},
-      badge(word(gate.verdict) || "waits"),
+      badge(word(gate.verdict) || "wait"),
       h("span", { class: "gate" }, words(String(gate.name ?? "gate"))),
       h("span", { class: "muted" }, [
         isNumber(gate.value) && short(gate.value),
+        isNumber(gate.champion) && `champion ${short(gate.champion)}`,
         isNumber(gate.limit) && `limit ${short(gate.limit)}`,
         isNumber(gate.samples) && `${count(gate.samples)} samples`,
         gate.reason && String(gate.reason),
@@ -90,8 +93,12 @@ function past(list) {
 const word = (value) => (value === undefined || value === null ? "" : String(value).toLowerCase());
 
 const words = (name) =>
-  name.replace(/^canary[-_ ]?(\d+)$/, "$1 %").replaceAll("_", " ").replace(/^full$/, "100 %");
+  name.replace(/^canary[-_ ]?(\d+)$/, "$1 %").replaceAll("_", " ");
 
-const kind = (status) => (GOOD.includes(status) ? "good" : BAD.includes(status) ? "bad" : status === "paused" ? "warn" : "");
+function kind(status) {
+  if (GOOD.includes(status)) return "good";
+  if (WARN.includes(status)) return "warn";
+  return BAD.includes(status) ? "bad" : "";
+}
 
 const badge = (status) => h("span", { class: `badge ${kind(status)}` }, words(status));

@@ -16,7 +16,7 @@ import pytest
 from lib.serving.keys import add_key
 from lib.storage import Storage
 from tests.browser import Browser, Page, browser, executable
-from tests.console_line import publish_models, served, write_history
+from tests.console_line import Served, publish_models, served, write_history
 from tests.unit.serving_parts import picture
 
 DESKTOP, PHONE = (1280, 900), (390, 844)
@@ -62,19 +62,23 @@ CONTRAST = """
 class Console:
     """A console that can be opened."""
 
-    url: str
+    line: Served
     storage: Storage
     browser: Browser
+
+    @property
+    def url(self) -> str:
+        return self.line.url
 
     def check(self, page: Page) -> None:
         """No complaint was logged, and nothing was asked of another host."""
         assert page.complaints() == []
         assert {urlsplit(url).netloc for url in page.requested()} == {urlsplit(self.url).netloc}
 
-    def feedback(self) -> dict[str, str]:
-        paths = self.storage.list("feedback", recursive=True)
-        entries = [self.storage.read_json(path) for path in paths]
-        return {entry["request_id"]: entry["label"] for entry in entries}
+    def labels(self) -> list[str]:
+        """Return the last label of each answer."""
+        last = {label["request_id"]: label["label"] for label in self.line.labels}
+        return list(last.values())
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +94,8 @@ def console(tmp_path: Path, chromium: Browser) -> Iterator[Console]:
     storage = Storage(str(tmp_path / "storage"))
     publish_models(storage)
     write_history(storage, time.time())
-    with served(storage) as url:
-        yield Console(url=url, storage=storage, browser=chromium)
+    with served(storage) as line:
+        yield Console(line=line, storage=storage, browser=chromium)
 
 
 def shoot(page: Page, tmp_path: Path, name: str) -> None:
@@ -138,15 +142,15 @@ def test_draw_see_every_version_and_correct_it(console: Console, tmp_path: Path)
             "[...document.querySelectorAll('.answer .top .value')].map((v) => v.textContent)"
         )
         assert len(set(shares)) == 3, "versions answer by themselves"
-        assert not console.feedback()
+        assert console.labels() == []
         page.until("!document.getElementById('truth').disabled")
         page.click("#classes button:nth-child(10)")
         note = page.until("document.querySelector('#truth-note').textContent.startsWith('Stored')")
         assert note
-        assert list(console.feedback().values()) == ["9", "9", "9"]
+        assert console.labels() == ["9", "9", "9"]
         page.click("#classes button:nth-child(8)")
         page.until("document.querySelectorAll('.answer.right').length === 3")
-        assert list(console.feedback().values()) == ["7", "7", "7"]
+        assert console.labels() == ["7", "7", "7"]
         shoot(page, tmp_path, "desktop-light")
         page.scheme("dark")
         shoot(page, tmp_path, "desktop-dark")
@@ -222,7 +226,7 @@ def test_it_works_by_keyboard_alone(console: Console) -> None:
         tab_to("matches('#classes button:nth-child(5)')")
         page.key("Enter", 13, "\r")
         page.until("document.querySelector('#truth-note').textContent.startsWith('Stored')")
-        assert list(console.feedback().values()) == ["4", "4", "4"]
+        assert console.labels() == ["4", "4", "4"]
         assert page.evaluate("document.activeElement.textContent") == "4"
         console.check(page)
 
@@ -231,8 +235,8 @@ def test_where_a_key_is_asked_for_the_page_asks_and_keeps_it_in_the_tab(
     console: Console, tmp_path: Path
 ) -> None:
     key = add_key(console.storage, "day")
-    with served(console.storage) as url, console.browser.page() as page:
-        page.show(url, *DESKTOP)
+    with served(console.storage) as line, console.browser.page() as page:
+        page.show(line.url, *DESKTOP)
         page.until("document.getElementById('key-dialog').open")
         shoot(page, tmp_path, "key")
         for typed in ("wrong", key):
@@ -249,8 +253,8 @@ def test_where_a_key_is_asked_for_the_page_asks_and_keeps_it_in_the_tab(
 
 def test_without_a_key_the_page_says_so_and_asks_when_told(console: Console) -> None:
     add_key(console.storage, "day")
-    with served(console.storage) as url, console.browser.page() as page:
-        page.show(url, *DESKTOP)
+    with served(console.storage) as line, console.browser.page() as page:
+        page.show(line.url, *DESKTOP)
         page.until("document.getElementById('key-dialog').open")
         page.key("Escape", 27)
         page.until("document.getElementById('state').textContent.includes('key is needed')")
@@ -277,7 +281,7 @@ def test_pictures_of_other_classes_are_uploaded(console: Console, tmp_path: Path
         shoot(page, tmp_path, "upload")
         page.click("#classes button:nth-child(3)")
         page.until("document.querySelectorAll('.answer.wrong').length === 1")
-        assert list(console.feedback().values()) == ["star"]
+        assert console.labels() == ["star"]
         text = tmp_path / "notes.txt"
         text.write_text("no picture")
         page.upload("#file", text)
@@ -304,8 +308,8 @@ def test_a_line_without_jobs_or_traffic_has_a_whole_page(
     storage = Storage(str(tmp_path / "storage"))
     publish_models(storage)
     storage.delete(f"data/sets/{'e' * 32}.json")
-    with served(storage) as url, chromium.page() as page:
-        page.show(url, *DESKTOP)
+    with served(storage) as line, chromium.page() as page:
+        page.show(line.url, *DESKTOP)
         page.until("document.querySelectorAll('.answer').length === 3")
         page.until("document.querySelectorAll('.chart .empty').length === 4")
         shoot(page, tmp_path, "empty")
