@@ -20,15 +20,15 @@ following of them and does without whatever is absent; times are ISO 8601 or sec
          "history": [{"time": "…", "versions": {"3": {…}}, "drift": {…}}, …]},   # oldest first
        "rollout": {                         # rollouts/MODEL/state.json, of jobs/rollout
          "candidate": 4, "champion": 3, "weight": 5, "since": "…", "reason": "…",
-         "status": "running",     # paused, held, withdrawing, rolled_back, aborted, promoted
+         "status": "running",   # paused, held, withdrawing, rolled_back, aborted, promoted
          "stage": "canary-5", "stages": ["replay", "shadow", "canary-1", …],
-         "gates": [{"name": "errors", "verdict": "pass", "value": 0, "champion": 0,   # wait, breach
-                    "limit": 0.01, "samples": 812}],
+         "gates": [{"name": "error_rate", "verdict": "pass", "value": 0,       # wait, breach
+                    "champion": 0, "limit": 0.01, "samples": 812}],
          "history": [{"time": "…", "stage": "shadow", "status": "passed", "reason": "…"}]}}},
      "links": {"MLflow": "http://…", "Ray dashboard": "http://…"}}
 
-GET /samples/{model}: `{"samples": [{"label": "7", "png": "base64"}]}`, test images of its champion's
-data set, one a class.
+GET /samples/{model}: `{"samples": [{"label": "7", "png": "base64"}]}`, test images of the data
+set of the champion, one a class.
 """
 
 from __future__ import annotations

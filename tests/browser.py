@@ -201,7 +201,12 @@ def browser(folder: Path) -> Iterator[Browser]:
     program = executable()
     assert program, "install chromium"
     command = [program, "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={folder}"]
-    command += ["--no-first-run", "--disable-gpu", "--disable-background-networking", "--mute-audio"]
+    command += [
+        "--no-first-run",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--mute-audio",
+    ]
     command += ["--disable-component-update", "--disable-sync", "--hide-scrollbars"]
     command += ["--disable-dev-shm-usage"]
     if os.geteuid() == 0:

@@ -35,7 +35,7 @@ class Bucket:
     seconds: float = 0.0
     """Time that the counts are of; a rate is counts over this."""
     requests: dict[str, dict[str, int]] = field(default_factory=dict)
-    """`model/version` → status → requests; those refused before they met a version: the empty name."""
+    """`model/version` → status → requests; the empty name holds those refused before a version."""
     latency: dict[str, list[int]] = field(default_factory=dict)
     """`model/version` → requests by latency, one count per bound of LATENCY_BUCKETS_S."""
 
@@ -97,7 +97,8 @@ class Stats:
 
 def collect(storage: Storage, now_s: float) -> dict[str, Any]:
     """Return what all gateways answered lately; see `serve_apps.watching` for its form."""
-    last = _start(now_s)
+    # Not every gateway has reported on the bucket of now: it would always look like a fall.
+    last = _start(now_s) - BUCKET_S
     times = range(last - KEPT_S + BUCKET_S, last + 1, BUCKET_S)
     gateways = 0
     refused: Counter[str] = Counter()

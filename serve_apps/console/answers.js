@@ -156,14 +156,13 @@ export class Answers {
 
   async #showSamples() {
     const { name } = this.model;
-    byId("samples").replaceChildren();
-    let samples = [];
-    try {
-      ({ samples } = await ask(`samples/${encodeURIComponent(name)}`));
-    } catch {
-      return; // The page is whole without them.
-    }
+    const box = byId("samples");
+    box.replaceChildren();
+    box.hidden = false;
+    // The page is whole without them.
+    const { samples } = await ask(`samples/${encodeURIComponent(name)}`).catch(() => ({ samples: [] }));
     if (this.model.name !== name) return;
+    box.hidden = !samples.length;
     const buttons = samples.map(({ label, png }) => {
       const pick = async () => this.#pick(fromBase64(png));
       return h(
@@ -172,7 +171,7 @@ export class Answers {
         h("img", { src: `data:image/png;base64,${png}`, alt: `Sample of ${label}` }),
       );
     });
-    byId("samples").replaceChildren(...buttons);
+    box.replaceChildren(...buttons);
   }
 
   #allowTruth(isAllowed) {
@@ -251,7 +250,7 @@ function card({ version, role }, names, answer, truth) {
 /** The classes with the highest probabilities; in their own order if there are few. */
 function bars(names, probabilities) {
   let rows = names.map((name, index) => ({ name, share: probabilities?.[index] ?? 0 }));
-  const top = rows.reduce((best, row) => (row.share > best.share ? row : best), rows[0]);
+  const best = rows.reduce((most, row) => (row.share > most.share ? row : most), rows[0]);
   if (rows.length > MAX_BARS) rows = rows.sort((a, b) => b.share - a.share).slice(0, MAX_BARS);
   return h(
     "ul",
@@ -259,7 +258,7 @@ function bars(names, probabilities) {
     rows.map((row) =>
       h(
         "li",
-        { class: probabilities && row === top ? "top" : "" },
+        { class: probabilities && row === best ? "best" : "" },
         h("span", { class: "name", title: row.name }, row.name),
         h(
           "span",

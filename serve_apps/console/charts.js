@@ -3,7 +3,7 @@
 import { clock, h, s } from "./dom.js";
 
 const HEIGHT = 190;
-const LEFT = 46, RIGHT = 10, TOP = 10, BOTTOM = 24;
+const LEFT = 52, RIGHT = 10, TOP = 10, BOTTOM = 24;
 
 /**
  * A card with a chart. A line is {label, colour, values, low?, high?, isDashed?, marks?}: values per

@@ -98,7 +98,7 @@ function row(version, index) {
     cell("Rank", String(index + 1)),
     h("th", { role: "rowheader", scope: "row" }, h("span", { class: "key", "aria-hidden": "true" }), `Version ${version.version}`),
     cell("Role", h("span", { class: `badge ${version.role}` }, version.role)),
-    cell("Traffic", percent(version.share)),
+    cell("Traffic", version.share ? percent(version.share) : "–"),
     cell("Test", percent(version.test, 2)),
     cell("Live", live(version.live)),
     cell("Requests", count(version.requests)),

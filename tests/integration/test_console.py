@@ -20,7 +20,7 @@ from tests.console_line import Served, publish_models, served, write_history
 from tests.unit.serving_parts import picture
 
 DESKTOP, PHONE = (1280, 900), (390, 844)
-ANSWERED = "document.querySelectorAll('.answer .bars .top').length === 3"
+ANSWERED = "document.querySelectorAll('.answer .bars .best').length === 3"
 LABELS = "[...document.querySelectorAll('.answer strong')].map((label) => label.textContent)"
 SHIFTS = """
 new Promise((resolve) => new PerformanceObserver((list) => resolve(
@@ -90,7 +90,11 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def console(tmp_path: Path, chromium: Browser) -> Iterator[Console]:
+def console(
+    tmp_path: Path, chromium: Browser, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Console]:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
     storage = Storage(str(tmp_path / "storage"))
     publish_models(storage)
     write_history(storage, time.time())
@@ -139,7 +143,7 @@ def test_draw_see_every_version_and_correct_it(console: Console, tmp_path: Path)
         page.until(ANSWERED)
         assert page.evaluate(LABELS) == ["7", "7", "7"]
         shares = page.evaluate(
-            "[...document.querySelectorAll('.answer .top .value')].map((v) => v.textContent)"
+            "[...document.querySelectorAll('.answer .best .value')].map((v) => v.textContent)"
         )
         assert len(set(shares)) == 3, "versions answer by themselves"
         assert console.labels() == []
@@ -184,14 +188,15 @@ def test_traffic_charts_and_rollout_are_drawn_without_jumps(console: Console) ->
         page.show(console.url, *DESKTOP)
         page.until("document.querySelectorAll('.chart svg').length === 4")
         lines = page.evaluate(
-            "[...document.querySelectorAll('.chart')].map((c) => c.querySelectorAll('.line').length)"
+            "[...document.querySelectorAll('.chart')]"
+            ".map((chart) => chart.querySelectorAll('.line').length)"
         )
         assert lines == [2, 4, 2, 1]
         assert page.evaluate("document.querySelectorAll('.chart .mark').length") == 3
         split = page.evaluate("document.getElementById('split').getAttribute('aria-label')")
         assert split == "Traffic split: version 3 90.0 %, version 4 10.0 %"
         ranks = page.evaluate(
-            "[...document.querySelectorAll('tbody tr')].map((r) => r.querySelector('th').textContent)"
+            "[...document.querySelectorAll('tbody th')].map((head) => head.textContent)"
         )
         assert ranks == ["Version 3", "Version 4", "Version 5"]
         assert "user-7 → version 4" in page.evaluate("document.getElementById('pins').textContent")
@@ -302,9 +307,7 @@ def test_a_gateway_that_goes_away_is_told_and_comes_back(console: Console) -> No
         page.until("document.getElementById('state').classList.contains('live')")
 
 
-def test_a_line_without_jobs_or_traffic_has_a_whole_page(
-    tmp_path: Path, chromium: Browser
-) -> None:
+def test_a_line_without_jobs_or_traffic_has_a_whole_page(tmp_path: Path, chromium: Browser) -> None:
     storage = Storage(str(tmp_path / "storage"))
     publish_models(storage)
     storage.delete(f"data/sets/{'e' * 32}.json")
@@ -341,6 +344,9 @@ def test_the_drawing_is_sent_as_the_training_images_are(console: Console) -> Non
     assert 19 <= rows.max() - rows.min() + 1 <= 21
     assert pixels.max() > 250
     weight = pixels / pixels.sum()
-    centre = ((weight.sum(axis=1) * np.arange(28)).sum(), (weight.sum(axis=0) * np.arange(28)).sum())
+    centre = (
+        (weight.sum(axis=1) * np.arange(28)).sum(),
+        (weight.sum(axis=0) * np.arange(28)).sum(),
+    )
     assert math.dist(centre, (13.5, 13.5)) < 0.7
     assert len(columns)

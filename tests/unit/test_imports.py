@@ -36,7 +36,10 @@ PURE = (
     "lib.serving.payload",
     "lib.serving.bundle",
     "lib.serving.record",
+    "lib.serving.samples",
     "lib.watch.metrics",
+    "lib.watch.overview",
+    "lib.watch.stats",
 )
 IMPURE = {"ray", "mlflow", "requests", "aiohttp", "httpx", "http", "urllib", "fastapi", "starlette"}
 
