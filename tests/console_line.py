@@ -138,7 +138,7 @@ def write_history(storage: Storage, now_s: float) -> None:
     last = int(now_s // BUCKET_S) * BUCKET_S
     for gateway in range(2):
         buckets = {}
-        for step, start in enumerate(range(last - KEPT_S, last, BUCKET_S)):
+        for step, start in enumerate(range(last - KEPT_S, last + 60, BUCKET_S)):
             load = 60 + 35 * math.sin(step / 9 + gateway / 3) + 9 * math.sin(2.7 * step)
             counts = {"digits/3": int(9 * load), "digits/4": int(load) if step > 30 else 0}
             buckets[str(start)] = {

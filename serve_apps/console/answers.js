@@ -30,13 +30,13 @@ export class Answers {
   /** Show a model: its versions, its classes, and samples of its data. */
   show(model) {
     if (JSON.stringify(this.model) === JSON.stringify(model)) return;
-    const isNewShape = this.model?.name !== model.name || `${this.model.shape}` !== `${model.shape}`;
+    const isSame = this.model?.name === model.name && `${this.model.shape}` === `${model.shape}`;
     this.model = model;
-    if (isNewShape) {
+    if (!isSame) {
       this.pad.fit(model.shape, model.fill);
       byId("canvas").hidden = !model.isDrawable;
       byId("board").classList.toggle("light", (model.fill?.[0] ?? 0) > 127);
-      byId("ask-title").textContent = model.isDrawable ? "Draw a picture" : "Upload a picture";
+      byId("ask-title").textContent = model.title;
       this.clear();
       this.#showClasses();
       this.#showSamples();
@@ -143,9 +143,10 @@ export class Answers {
     const names = this.model.classNames;
     const box = byId("classes");
     if (names.length <= MAX_BUTTONS) {
-      const buttons = names.map((name) =>
-        h("button", { type: "button", "aria-pressed": "false", onclick: () => this.#tell(name) }, name),
-      );
+      const buttons = names.map((name) => {
+        const onclick = () => this.#tell(name);
+        return h("button", { type: "button", "aria-pressed": "false", onclick }, name);
+      });
       box.replaceChildren(...buttons);
       return;
     }
@@ -160,7 +161,8 @@ export class Answers {
     box.replaceChildren();
     box.hidden = false;
     // The page is whole without them.
-    const { samples } = await ask(`samples/${encodeURIComponent(name)}`).catch(() => ({ samples: [] }));
+    const asked = ask(`samples/${encodeURIComponent(name)}`);
+    const { samples } = await asked.catch(() => ({ samples: [] }));
     if (this.model.name !== name) return;
     box.hidden = !samples.length;
     const buttons = samples.map(({ label, png }) => {

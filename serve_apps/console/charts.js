@@ -61,8 +61,9 @@ export class Chart {
   }
 
   #range() {
-    const all = this.lines.flatMap(({ values, low, high }) => [...values, ...(low ?? []), ...(high ?? [])]);
-    const numbers = all.filter((value) => value !== null);
+    const numbers = this.lines
+      .flatMap(({ values, low, high }) => [...values, ...(low ?? []), ...(high ?? [])])
+      .filter((value) => value !== null);
     const most = Math.max(...numbers), least = Math.min(...numbers);
     if (this.options.top === undefined) return [0, most > 0 ? niceUp(most) : 1];
     // A share near 100 %: from below the worst value up to the top.
@@ -73,11 +74,12 @@ export class Chart {
   #yAxis(low, high, y, width) {
     return [0, 1, 2, 3, 4].map((part) => {
       const value = low + ((high - low) * part) / 4;
+      const at = y(value);
       return s(
         "g",
         {},
-        s("line", { class: part ? "grid" : "base", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) }),
-        s("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, this.options.format(value)),
+        s("line", { class: part ? "grid" : "base", x1: LEFT, x2: width - RIGHT, y1: at, y2: at }),
+        s("text", { x: LEFT - 6, y: at + 4, "text-anchor": "end" }, this.options.format(value)),
       );
     });
   }
@@ -93,7 +95,8 @@ export class Chart {
   }
 
   #line({ values, low, high, colour, isDashed, marks }, y) {
-    const at = (list) => list.map((value, index) => (value === null ? null : [this.x(this.times[index]), y(value)]));
+    const at = (list) =>
+      list.map((value, index) => (value === null ? null : [this.x(this.times[index]), y(value)]));
     const points = at(values);
     const lone = points.filter((point, index) => point && !points[index - 1] && !points[index + 1]);
     return s(
@@ -102,9 +105,9 @@ export class Chart {
       low ? s("path", { class: "band", d: band(at(low), at(high)) }) : null,
       s("path", { class: isDashed ? "line dashed" : "line", d: path(points) }),
       lone.map(([cx, cy]) => s("circle", { class: "point", cx, cy, r: 2.5 })),
-      (marks ?? []).map((index) =>
-        points[index] ? s("circle", { class: "mark", cx: points[index][0], cy: points[index][1], r: 4.5 }) : null,
-      ),
+      (marks ?? [])
+        .filter((index) => points[index])
+        .map((index) => s("circle", { class: "mark", cx: points[index][0], cy: points[index][1], r: 4.5 })),
     );
   }
 
@@ -136,7 +139,8 @@ export class Chart {
   }
 
   #words() {
-    const values = this.lines.map((line) => `${line.label} ${this.options.format(newest(line.values))}`);
+    const { format } = this.options;
+    const values = this.lines.map((line) => `${line.label} ${format(newest(line.values))}`);
     return `${this.options.title}, ${this.options.unit}. Newest: ${values.join(", ")}.`;
   }
 }

@@ -55,6 +55,7 @@ function show() {
   live.showWatch(judged?.watch);
   showRollout(judged?.rollout);
   showLinks(watch?.links ?? {});
+  byId("main").setAttribute("aria-busy", "false");
 }
 
 function chosen(traffic) {

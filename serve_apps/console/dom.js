@@ -29,8 +29,9 @@ export const isNumber = (value) => typeof value === "number" && Number.isFinite(
 
 export const count = (value) => (isNumber(value) ? whole.format(Math.round(value)) : "–");
 
+/** A share as a percentage, which holds together with its sign. */
 export const percent = (share, digits = 1) =>
-  isNumber(share) ? `${(100 * share).toFixed(digits)} %` : "–";
+  isNumber(share) ? `${(100 * share).toFixed(share === 1 ? 0 : digits)}\u00a0%` : "–";
 
 /** A number with about three digits that count. */
 export function short(value) {
@@ -41,7 +42,7 @@ export function short(value) {
   return String(Number(value.toPrecision(3)));
 }
 
-export const ms = (value) => (isNumber(value) ? `${short(value)} ms` : "–");
+export const ms = (value) => (isNumber(value) ? `${short(value)}\u00a0ms` : "–");
 
 /** Seconds since 1970 from ISO 8601 or a number in seconds, milliseconds or microseconds. */
 export function seconds(time) {

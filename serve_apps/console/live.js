@@ -30,12 +30,13 @@ export class Live {
   showStats(stats, model) {
     const times = stats?.times ?? [];
     const found = Object.entries(stats?.versions ?? {})
-      .map(([key, version]) => ({ name: key.slice(0, key.lastIndexOf("/")), number: key.slice(key.lastIndexOf("/") + 1), version }))
-      .filter(({ name }) => name === model)
+      .filter(([key]) => key.startsWith(`${model}/`))
+      .map(([key, version]) => ({ number: key.slice(model.length + 1), version }))
       .sort((a, b) => a.number - b.number);
     const gateways = stats?.gateways ?? 0;
     const who = gateways ? `per second, ${gateways} ${gateways === 1 ? "gateway" : "gateways"}` : null;
-    this.rate.update(times, found.map(({ number, version }) => line(number, version.requests_per_s)), who);
+    const rates = found.map(({ number, version }) => line(number, version.requests_per_s));
+    this.rate.update(times, rates, who);
     this.latency.update(
       times,
       found.flatMap(({ number, version }) => [
@@ -55,7 +56,7 @@ export class Live {
     const numbers = [...new Set(points.flatMap(({ versions }) => Object.keys(versions ?? {})))];
     numbers.sort((a, b) => a - b);
     const lines = numbers.map((number) => {
-      const of = (field) => points.map(({ versions }) => number_(versions?.[number]?.[field]));
+      const of = (field) => points.map(({ versions }) => known(versions?.[number]?.[field]));
       const accuracy = of("accuracy");
       const or = (list) => list.map((value, index) => value ?? accuracy[index]);
       return { ...line(number, accuracy), low: or(of("low")), high: or(of("high")) };
@@ -63,10 +64,13 @@ export class Live {
     // One judgement is a point: give it a little room to stand in.
     const room = times.length === 1 ? [times[0] - 60, times[0]] : times;
     const pad = (list) => (times.length === 1 ? [null, ...list] : list);
-    const padded = lines.map((one) => ({ ...one, values: pad(one.values), low: pad(one.low), high: pad(one.high) }));
+    const padded = lines.map((one) => {
+      return { ...one, values: pad(one.values), low: pad(one.low), high: pad(one.high) };
+    });
     this.accuracy.update(room, padded);
-    const scores = points.map(({ drift }) => number_(drift?.score));
-    const alarms = points.flatMap(({ drift }, index) => (isAlarm(drift) ? [index + pad([]).length] : []));
+    const scores = points.map(({ drift }) => known(drift?.score));
+    const first = room.length - times.length;
+    const alarms = points.flatMap(({ drift }, index) => (isAlarm(drift) ? [first + index] : []));
     const drift = { label: "score", colour: "drift", values: pad(scores), marks: alarms };
     this.drift.update(room, [drift], driftNote(watch?.drift));
   }
@@ -74,7 +78,7 @@ export class Live {
 
 const line = (number, values) => ({ label: `v${number}`, colour: colourOf(number), values });
 
-const number_ = (value) => (isNumber(value) ? value : null);
+const known = (value) => (isNumber(value) ? value : null);
 
 const isAlarm = (drift) =>
   drift?.alarm ?? (isNumber(drift?.p_value) ? drift.p_value < ALARM_P : false);
@@ -82,7 +86,7 @@ const isAlarm = (drift) =>
 function driftNote(drift) {
   if (!drift) return null;
   const p = isNumber(drift.p_value) ? `p = ${short(drift.p_value)}` : "";
-  if (!isAlarm(drift)) return `as the training data ${p && `(${p})`}`;
+  if (!isAlarm(drift)) return `as the training data${p && ` (${p})`}`;
   const moved = (drift.moved ?? []).slice(0, 3).map(String).join(", ");
-  return ["moved away", p && `(${p})`, moved && `: ${moved}`].filter(Boolean).join(" ").replace(" :", ":");
+  return `moved away${p && ` (${p})`}${moved && `: ${moved}`}`;
 }

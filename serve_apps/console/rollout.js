@@ -53,8 +53,8 @@ function steps({ stage, stages, status }) {
     return h("li", { class: state, "aria-current": current }, words(name));
   });
   const list = h("ol", { class: "steps" }, items);
-  const isUnknown = now < 0 && stage && !isOver;
-  return isUnknown ? h("div", {}, list, h("p", { class: "muted" }, `Step: ${words(String(stage))}`)) : list;
+  if (now >= 0 || !stage || isOver) return list;
+  return h("div", {}, list, h("p", { class: "muted" }, `Step: ${words(String(stage))}`));
 }
 
 function gates(list) {

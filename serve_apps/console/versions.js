@@ -19,9 +19,10 @@ export function modelOf(traffic, name) {
   const classNames = (about.class_names ?? []).map(String);
   const shape = about.shape ?? [28, 28, 1];
   // Digits and letters are drawn; anything else has to be a picture.
-  const isDrawable =
-    shape[2] === 1 && classNames.length > 0 && classNames.every((label) => /^[\p{L}\p{N}]$/u.test(label));
-  return { name, versions, classNames, shape, fill: about.fill, isDrawable };
+  const isAll = (pattern) => classNames.length > 0 && classNames.every((name) => pattern.test(name));
+  const isDrawable = shape[2] === 1 && isAll(/^[\p{L}\p{N}]$/u);
+  const title = isDrawable ? `Draw a ${isAll(/^\d$/) ? "digit" : "character"}` : "Upload a picture";
+  return { name, versions, classNames, shape, fill: about.fill, isDrawable, title };
 }
 
 function roleOf(split, version) {
@@ -38,8 +39,13 @@ export const showTraffic = onChange((traffic, model) => {
     ...parts.map(({ version, share }) =>
       h(
         "span",
-        { class: colourOf(version), style: { flexGrow: String(share) }, title: `Version ${version}: ${percent(share)}` },
-        `v${version} · ${percent(share, share < 0.1 ? 1 : 0)}`,
+        {
+          class: colourOf(version),
+          style: { flexGrow: String(share) },
+          title: `Version ${version}: ${percent(share)}`,
+        },
+        h("b", {}, `v${version}`),
+        h("i", {}, ` · ${percent(share)}`),
       ),
     ),
   );
@@ -61,7 +67,11 @@ export const showLeaderboard = onChange((traffic, model, stats, watch) => {
     ["Errors", "Answers 5xx of the last 15 minutes"], ["Shadow"],
   ];
   const head = heads.map(([name, title]) =>
-    h("th", { scope: "col", role: "columnheader", title }, name || h("span", { class: "unseen" }, title)),
+    h(
+      "th",
+      { scope: "col", role: "columnheader", title },
+      name || h("span", { class: "unseen" }, title),
+    ),
   );
   byId("versions").replaceChildren(
     h(
@@ -96,7 +106,12 @@ function row(version, index) {
     "tr",
     { role: "row", class: colourOf(version.version) },
     cell("Rank", String(index + 1)),
-    h("th", { role: "rowheader", scope: "row" }, h("span", { class: "key", "aria-hidden": "true" }), `Version ${version.version}`),
+    h(
+      "th",
+      { role: "rowheader", scope: "row" },
+      h("span", { class: "key", "aria-hidden": "true" }),
+      `Version ${version.version}`,
+    ),
     cell("Role", h("span", { class: `badge ${version.role}` }, version.role)),
     cell("Traffic", version.share ? percent(version.share) : "–"),
     cell("Test", percent(version.test, 2)),

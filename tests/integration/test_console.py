@@ -132,7 +132,6 @@ def draw_seven(page: Page) -> None:
 def test_draw_see_every_version_and_correct_it(console: Console, tmp_path: Path) -> None:
     with console.browser.page() as page:
         page.show(console.url, *DESKTOP)
-        page.until("document.querySelectorAll('.answer').length === 3")
         page.until("document.querySelectorAll('#samples img').length === 10")
         draw_one(page)
         page.until(ANSWERED)
@@ -194,7 +193,7 @@ def test_traffic_charts_and_rollout_are_drawn_without_jumps(console: Console) ->
         assert lines == [2, 4, 2, 1]
         assert page.evaluate("document.querySelectorAll('.chart .mark').length") == 3
         split = page.evaluate("document.getElementById('split').getAttribute('aria-label')")
-        assert split == "Traffic split: version 3 90.0 %, version 4 10.0 %"
+        assert split == "Traffic split: version 3 90.0\u00a0%, version 4 10.0\u00a0%"
         ranks = page.evaluate(
             "[...document.querySelectorAll('tbody th')].map((head) => head.textContent)"
         )
