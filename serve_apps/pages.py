@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,9 +48,9 @@ def routes() -> list[Route]:
         for path in sorted(_CONSOLE.iterdir())
         if path.suffix in _KINDS and path.suffix != ".html"
     }
-    table = [_route(path, _give(lambda file=file: file)) for path, file in files.items()]
+    table = [_route(path, _give(partial(Path, file))) for path, file in files.items()]
     return table + [
-        _route(f"/docs/{name}", _give(lambda name=name: _swagger() / name)) for name in _SWAGGER
+        _route(f"/docs/{name}", _give(partial(_swagger, name))) for name in _SWAGGER
     ]
 
 
@@ -83,9 +83,9 @@ def _give(find: Callable[[], Path]) -> Callable[[Call], Awaitable[Reply]]:
     return handler
 
 
-def _swagger() -> Path:
+def _swagger(name: str) -> Path:
     spec = find_spec(_SWAGGER_PACKAGE)
     folders = spec.submodule_search_locations if spec else None
     if not folders:
         raise PayloadError(404, f"the package {_SWAGGER_PACKAGE} is not installed here")
-    return Path(folders[0]) / "dist"
+    return Path(folders[0]) / "dist" / name

@@ -107,7 +107,8 @@ export class Chart {
       lone.map(([cx, cy]) => s("circle", { class: "point", cx, cy, r: 2.5 })),
       (marks ?? [])
         .filter((index) => points[index])
-        .map((index) => s("circle", { class: "mark", cx: points[index][0], cy: points[index][1], r: 4.5 })),
+        .map((index) => points[index])
+        .map(([cx, cy]) => s("circle", { class: "mark", cx, cy, r: 4.5 })),
     );
   }
 

@@ -84,10 +84,11 @@ function past(list) {
       "li",
       {},
       h("span", { class: "muted" }, time ? ago(time) : ""),
-      [stage && words(String(stage)), status && words(word(status)), reason].filter(Boolean).join(" · "),
+      [words(word(stage)), words(word(status)), reason].filter(Boolean).join(" · "),
     ),
   );
-  return h("details", {}, h("summary", {}, `History (${list.length})`), h("ul", { class: "past" }, rows));
+  const summary = h("summary", {}, `History (${list.length})`);
+  return h("details", {}, summary, h("ul", { class: "past" }, rows));
 }
 
 const word = (value) => (value === undefined || value === null ? "" : String(value).toLowerCase());

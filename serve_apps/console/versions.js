@@ -51,8 +51,9 @@ export const showTraffic = onChange((traffic, model) => {
   );
   const words = parts.map(({ version, share }) => `version ${version} ${percent(share)}`).join(", ");
   byId("split").setAttribute("aria-label", `Traffic split: ${words}`);
-  const why = [traffic.who && `by ${traffic.who}`, traffic.why && `“${traffic.why}”`].filter(Boolean);
-  byId("policy").textContent = `Policy ${traffic.generation} ${why.join(", ")}, ${ago(traffic.when)}`;
+  const { generation, who, why, when } = traffic;
+  const by = [who && `by ${who}`, why && `“${why}”`, ago(when)].filter(Boolean);
+  byId("policy").textContent = `Policy ${generation} ${by.join(", ")}`;
   const pins = Object.entries(split.pins ?? {}).map(([key, version]) => `${key} → version ${version}`);
   byId("pins").textContent = pins.length ? `Pinned routing keys: ${pins.join(", ")}` : "";
 });
@@ -125,12 +126,15 @@ function row(version, index) {
 }
 
 function live(judged) {
-  if (!isNumber(judged?.accuracy)) return "–";
-  const { accuracy, low, high, labels } = judged;
-  const range = isNumber(low) && isNumber(high) ? `${percent(low)} to ${percent(high)}` : "";
+  const { accuracy, low, high, labels, confidence } = judged ?? {};
+  if (!isNumber(accuracy)) {
+    const sure = isNumber(confidence) ? h("small", {}, `no labels, confidence ${percent(confidence)}`) : null;
+    return h("span", {}, "–", sure);
+  }
+  const range = isNumber(low) && isNumber(high) ? `${(100 * low).toFixed(1)}–${percent(high)}` : "";
   const of = isNumber(labels) ? `${count(labels)} labels` : "";
   const small = [range, of].filter(Boolean).join(", ");
-  return h("span", { title: small }, percent(accuracy), small ? h("small", {}, small) : null);
+  return h("span", { title: "With a 95 % interval" }, percent(accuracy), h("small", {}, small));
 }
 
 function shadow({ shadow: share, compared }) {
