@@ -49,9 +49,7 @@ def routes() -> list[Route]:
         if path.suffix in _KINDS and path.suffix != ".html"
     }
     table = [_route(path, _give(partial(Path, file))) for path, file in files.items()]
-    return table + [
-        _route(f"/docs/{name}", _give(partial(_swagger, name))) for name in _SWAGGER
-    ]
+    return table + [_route(f"/docs/{name}", _give(partial(_swagger, name))) for name in _SWAGGER]
 
 
 def _route(path: str, handler: Callable[[Call], Awaitable[Reply]]) -> Route:
