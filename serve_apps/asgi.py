@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 from fastapi import FastAPI
-from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import BaseModel
 
 from lib.config import MAX_BODY_BYTES
@@ -103,6 +102,8 @@ class Route:
     errors: tuple[int, ...] = ()
     is_open: bool = False
     """Whether it is answered without an API key, and however much is in flight."""
+    is_page: bool = False
+    """Whether it is for people's browsers, so not part of the OpenAPI document."""
 
 
 def json_reply(content: Any, status: int = 200) -> Reply:
@@ -134,19 +135,14 @@ class App:
     ) -> None:
         self._exact: dict[str, dict[str, Route]] = {}
         self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
-        docs = [
-            Route(
-                method="GET", path="/docs", handler=self._docs, summary="This page.", is_open=True
-            ),
-            Route(
-                method="GET",
-                path="/openapi.json",
-                handler=self._openapi,
-                summary="OpenAPI.",
-                is_open=True,
-            ),
-        ]
-        for route in [*routes, *docs]:
+        document = Route(
+            method="GET",
+            path="/openapi.json",
+            handler=self._openapi,
+            summary="OpenAPI.",
+            is_open=True,
+        )
+        for route in [*routes, document]:
             if "{" not in route.path:
                 self._exact.setdefault(route.path, {})[route.method] = route
                 continue
@@ -197,7 +193,8 @@ class App:
         finally:
             self.in_flight -= 1
         self.count(call, caller, reply.status, time.perf_counter() - start_s)
-        reply.headers.append((b"content-length", b"%d" % len(reply.body)))
+        if reply.status != 304:
+            reply.headers.append((b"content-length", b"%d" % len(reply.body)))
         if FAST_LANE in scope:
             # Elsewhere Serve adds it.
             reply.headers.append((b"x-request-id", request_id.encode("latin-1")))
@@ -244,10 +241,6 @@ class App:
             raise PayloadError(405, f"{path} takes {', '.join(sorted(methods))}, not {method}")
         return methods[method], params
 
-    async def _docs(self, call: Call) -> Reply:
-        page = get_swagger_ui_html(openapi_url="openapi.json", title=self._title)
-        return Reply(bytes(page.body), headers=[(b"content-type", b"text/html; charset=utf-8")])
-
     async def _openapi(self, call: Call) -> Reply:
         if self._document is None:
             self._document = orjson.dumps(self._describe())
@@ -255,7 +248,7 @@ class App:
 
     def _describe(self) -> dict[str, Any]:
         document = FastAPI(title=self._title, description=self._description)
-        for route in self._routes:
+        for route in (route for route in self._routes if not route.is_page):
             extra = (
                 {"requestBody": {"required": True, "content": dict(route.request)}}
                 if route.request

@@ -15,7 +15,7 @@ from lib.serving.payload import PayloadError
 from lib.serving.router import Router, Version
 from lib.storage import Storage
 from lib.watch.labels import LabelLog
-from serve_apps import schemas
+from serve_apps import pages, schemas, watching
 from serve_apps.asgi import JSON, Call, Header, Reply, Route, json_reply
 
 LARGE_BODY_BYTES = 2**16
@@ -29,6 +29,7 @@ class Endpoints:
     def __init__(self, router: Router, storage: Storage) -> None:
         self._router = router
         self._labels = LabelLog(storage)
+        self.watching = watching.Watching(router, storage)
 
     async def predict(self, call: Call) -> Reply:
         """POST /predict: one image in, label and probabilities out."""
@@ -117,6 +118,7 @@ class Endpoints:
                 "runtime": version.card.runtime,
                 "class_names": version.card.class_names,
                 "shape": version.card.shape,
+                "fill": version.card.preprocess.fill,
                 "placement": version.placement,
             }
             for (name, number), version in sorted(table.versions.items())
@@ -203,4 +205,4 @@ def routes(endpoints: Endpoints) -> list[Route]:
             "POST", f"{base}/infer", endpoints.infer, "Classify a batch.",
             request=infer, errors=(400, 401, 404, 413, 422, 503),
         )  # fmt: skip
-    return table
+    return [*table, *watching.routes(endpoints.watching), *pages.routes()]

@@ -25,6 +25,7 @@ from lib.serving.router import Images, Probabilities, Router, with_retries
 from lib.serving.traffic import COLOCATED
 from lib.storage import Storage
 from lib.watch.recorder import Recorder
+from lib.watch.stats import Stats
 from serve_apps import fast_lane
 from serve_apps.asgi import App
 from serve_apps.endpoints import Endpoints, routes
@@ -116,6 +117,7 @@ class Gateway(GrpcLane):
     async def _keep_records(self) -> None:
         """Report counts, with one log line for many requests."""
         reporter = Reporter()
+        stats = Stats(self._storage, serve.get_replica_context().replica_id.unique_id)
         while True:
             await asyncio.sleep(REPORT_EVERY_S)
             record, self._app.record = self._app.record, Record()
@@ -125,6 +127,11 @@ class Gateway(GrpcLane):
             reporter.report(record.increments())
             reporter.report(self._router.shadows.increments())
             reporter.report(self._recorder.increments())
+            try:
+                stats.add(record)
+                await asyncio.to_thread(stats.flush)
+            except Exception:
+                _log.exception("the counts for the console could not be written; they are kept")
 
     async def _make_predict(self, card: Card, bundle: str, placement: str) -> Predict:
         if placement == COLOCATED:

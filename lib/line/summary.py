@@ -92,6 +92,7 @@ def text(line: Line, result: Mapping[str, Any], sample: Path, *, seconds: float)
         ("time", f"{seconds:.0f} s" + (f", reused: {', '.join(reused)}" if reused else "")),
         ("", ""),
         ("predict", predict),
+        ("console", line.serve_url),
         ("docs", f"{line.serve_url}/docs"),
         ("Ray dashboard", line.dashboard_url),
         ("MLflow", line.tracking_uri),
@@ -99,7 +100,7 @@ def text(line: Line, result: Mapping[str, Any], sample: Path, *, seconds: float)
     ]
     if line.ray_url is None:
         token = shlex.quote(str(line.home / "auth_token"))
-        rows.insert(9, ("", f"its token: cat {token}"))
+        rows.insert(10, ("", f"its token: cat {token}"))
         if (line.home / "prometheus").exists():
             rows.insert(-1, ("Prometheus", f"http://127.0.0.1:{line.ports['prometheus']}"))
     curl = f"curl -H 'Content-Type: image/png' --data-binary @{shlex.quote(str(sample))} {predict}"

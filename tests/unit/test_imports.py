@@ -38,6 +38,7 @@ PURE = (
     "lib.serving.payload",
     "lib.serving.bundle",
     "lib.serving.record",
+    "lib.serving.samples",
     "lib.watch.metrics",
     "lib.watch.features",
     "lib.watch.segments",
@@ -49,6 +50,8 @@ PURE = (
     "lib.watch.panels",
     "lib.watch.dashboards",
     "lib.watch.alerts",
+    "lib.watch.overview",
+    "lib.watch.stats",
 )
 IMPURE = {"ray", "mlflow", "requests", "aiohttp", "httpx", "http", "urllib", "fastapi", "starlette"}
 
