@@ -13,6 +13,10 @@ class DataError(RaylineError):
     """A source or a data set is unusable; the message names the file and the row."""
 
 
+class TooFewError(DataError):
+    """There are too few labelled rows to learn from."""
+
+
 class StorageError(RaylineError):
     """The storage root can't be read or written (full, missing, damaged)."""
 
@@ -27,6 +31,10 @@ class RegistryError(RaylineError):
 
 class RefusedError(RegistryError):
     """A gate refused to make a trial a version."""
+
+
+class RetrainError(RaylineError):
+    """A retrain can't begin or go on."""
 
 
 class ServingError(RaylineError):
