@@ -68,7 +68,9 @@ class FakeSteps:
             self._note(name)
             return result
 
-        return run_step(self.storage, name, {"of": inputs}, work, lambda kept: name not in self.gone)
+        return run_step(
+            self.storage, name, {"of": inputs}, work, lambda kept: name not in self.gone
+        )
 
     def _note(self, name: str) -> None:
         with open(log_file(self.storage), "a") as log:
@@ -81,7 +83,9 @@ def log_file(storage: Storage) -> Path:
 
 def done(storage: Storage) -> Counter[str]:
     """Return how often each step was worked on, by whatever process."""
-    return Counter(log_file(storage).read_text().split()) if log_file(storage).exists() else Counter()
+    return (
+        Counter(log_file(storage).read_text().split()) if log_file(storage).exists() else Counter()
+    )
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ class ExtendConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not (0 < self.live_fraction and 0 < self.val_fraction):
+        if not (self.live_fraction > 0 and self.val_fraction > 0):
             raise ValueError("live_fraction and val_fraction must be positive")
         if self.live_fraction + self.val_fraction >= 1:
             raise ValueError("live_fraction + val_fraction must be below 1, or train gets nothing")
@@ -156,7 +156,9 @@ def extend(
 def _check(parent: Manifest, found: LabelledImages) -> None:
     shape, labels = found.images_NHWC.shape[1:], found.labels_N
     if len(labels) and shape != parent.shape:
-        raise DataError(f"live images are {shape}, data set {parent.digest[:12]} has {parent.shape}")
+        raise DataError(
+            f"live images are {shape}, data set {parent.digest[:12]} has {parent.shape}"
+        )
     wrong = np.flatnonzero((labels < 0) | (labels >= parent.num_classes))
     if wrong.size:
         raise DataError(
@@ -170,10 +172,10 @@ def _check_enough(extension: Extension, num_labelled: int, config: ExtendConfig)
     if sum(rows.values()) >= config.min_rows and all(rows.values()):
         return
     raise TooFewError(
-        f"{sum(rows.values())} new labelled live images ({rows['train']} to train on, {rows['val']} "
-        f"to validate, {rows[LIVE]} held out); at least {config.min_rows} are needed. Of "
-        f"{num_labelled} labelled requests with an image {extension.num_known} are in the data set "
-        f"already, {extension.num_repeated} repeat one another, {extension.num_contradicting} "
+        f"{sum(rows.values())} new labelled live images ({rows['train']} to train on, "
+        f"{rows['val']} to validate, {rows[LIVE]} held out); at least {config.min_rows} are needed. "
+        f"Of {num_labelled} labelled requests with an image {extension.num_known} are in the data "
+        f"set already, {extension.num_repeated} repeat one another, {extension.num_contradicting} "
         f"contradict one another; {extension.num_unfit} more have another shape. Send labels to "
         "POST /feedback, or let a larger share of images be logged"
     )

@@ -108,7 +108,7 @@ class ShardWriter:
 def row_ids(images: Images) -> RowIds:
     """Return the BLAKE2b-128 of every image's pixels, (N, 16): the same image, the same id."""
     blake2b = hashlib.blake2b
-    rows = np.ascontiguousarray(images).reshape(len(images), -1)
+    rows = np.ascontiguousarray(images).reshape(len(images), int(np.prod(images.shape[1:])))
     digests = b"".join([blake2b(row, digest_size=ROW_ID_BYTES).digest() for row in rows])
     return np.frombuffer(digests, dtype=np.uint8).reshape(-1, ROW_ID_BYTES)
 

@@ -183,9 +183,7 @@ class _Run:
             self._write(replace(self._record, champion=dict(steps.champion())))
         record, champion = self._record, self._record.champion
         progress("retrain", f"{record.id}, for {record.reason}: champion {champion['version']}")
-        data = self._step(
-            "data", lambda: steps.extend(champion, record.start_us, record.end_us)
-        )
+        data = self._step("data", lambda: steps.extend(champion, record.start_us, record.end_us))
         digest = data["digest"]
         sweep = self._step("tune", lambda: steps.search(digest, champion["params"]))
         candidate = self._step(
@@ -203,6 +201,7 @@ class _Run:
     def end(self, state: str, why: str = "") -> Record:
         """Put the end on record."""
         self._write(records.ended(self._record, state, why))
+        self._draw()
         progress("retrain", f"{self._record.id}: {state}" + (f": {why}" if why else ""))
         return self._record
 
@@ -228,11 +227,14 @@ class _Run:
                 )
             )
         )
+        self._draw()
         return step.result
 
     def _write(self, record: Record) -> None:
         records.write(self._storage, record)
         self._record = record
-        write_graph(
-            self._storage, f"lineage/{record.model}/{record.id}", of_retrain(record.to_json())
-        )
+
+    def _draw(self) -> None:
+        record = self._record
+        graph = of_retrain(record.to_json())
+        write_graph(self._storage, f"lineage/{record.model}/{record.id}", graph)

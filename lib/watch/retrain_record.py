@@ -1,4 +1,4 @@
-"""The durable record of every retrain: `retrains/MODEL/ID.json`, written before and after each step.
+"""The durable record of each retrain: `retrains/MODEL/ID.json`, written before and after a step.
 
 What triggers read for their budget and their cool-down, and what a killed retrain goes on from.
 """
@@ -65,7 +65,7 @@ class Record:
     options: Mapping[str, Any] = field(default_factory=dict)
     """What else it was asked for, such as the preset."""
     champion: Mapping[str, Any] = field(default_factory=dict)
-    """Version that was served when it began: its data set is extended, its parameters come first."""
+    """Version served when it began: its data set is extended, its parameters are tried first."""
     steps: tuple[StepRecord, ...] = ()
 
     def step(self, name: str) -> StepRecord | None:

@@ -1,4 +1,4 @@
-"""What the steps of a retrain do: each is kept by the digest of its inputs, and can be done again."""
+"""What the steps of a retrain do: each is kept by the digest of its inputs, and can be repeated."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def warm(preset: Preset, params: Mapping[str, str]) -> Preset:
     if not guess:
         return preset
     usual = preset.first_guesses or ({},)
-    added = {
+    added: dict[str, Any] = {
         plural: tuple(sorted({*getattr(preset, plural), int(guess[name])}))
         for plural, name in (("widths", "stage_width"), ("depths", "depth"), ("growths", "growth"))
         if name in guess
@@ -220,9 +220,7 @@ def warm(preset: Preset, params: Mapping[str, str]) -> Preset:
         "depth": min(preset.depths),
         "growth": max(preset.growths),
     }
-    return replace(
-        preset, **added, first_guesses=(guess, *({**kept, **other} for other in usual))
-    )
+    return replace(preset, **added, first_guesses=(guess, *({**kept, **other} for other in usual)))
 
 
 def _nearest(parameter: Parameter, value: float) -> float:

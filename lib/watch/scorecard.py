@@ -1,10 +1,10 @@
 """The ML Test Score of a version: 28 checks, each computed from evidence or done by hand.
 
-Rubric: Breck, Cai, Nielsen, Salib, Sculley, "The ML Test Score: A Rubric for ML Production Readiness
-and Technical Debt Reduction", IEEE Big Data 2017. A check that is done by hand, with the result on
-record, counts half a point, one that runs by itself a whole one; the score is that of the weakest of
-the four sections. Here a check counts only for what its evidence shows now: without it there is
-nothing, whatever the code could do.
+Rubric: Breck, Cai, Nielsen, Salib, Sculley, "The ML Test Score: A Rubric for ML Production
+Readiness and Technical Debt Reduction", IEEE Big Data 2017. A check that is done by hand, with the
+result on record, counts half a point, one that runs by itself a whole one; the score is that of the
+weakest of the four sections. Here a check counts only for what its evidence shows now: without it
+there is nothing, whatever the code could do.
 """
 
 from __future__ import annotations

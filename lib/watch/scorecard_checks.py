@@ -76,10 +76,8 @@ def agility(dossier: Dossier) -> Finding:
 
 def input_code(dossier: Dossier) -> Finding:
     """Ingest and request parsing have tests that CI runs."""
-    return _in_ci(
-        dossier, ("tests/unit/test_data_pictures.py", "tests/unit/test_data_checks.py",
-                  "tests/unit/test_payload.py")  # fmt: skip
-    )
+    ingest = ("tests/unit/test_data_pictures.py", "tests/unit/test_data_checks.py")
+    return _in_ci(dossier, (*ingest, "tests/unit/test_payload.py"))
 
 
 def submitted(dossier: Dossier) -> Finding:
@@ -174,9 +172,7 @@ def reproducible(dossier: Dossier) -> Finding:
 
 def unit_tested(dossier: Dossier) -> Finding:
     """Net and training loop have tests that CI runs."""
-    return _in_ci(
-        dossier, ("tests/unit/test_train_model.py", "tests/unit/test_train_loop.py")
-    )
+    return _in_ci(dossier, ("tests/unit/test_train_model.py", "tests/unit/test_train_loop.py"))
 
 
 def integration_tested(dossier: Dossier) -> Finding:

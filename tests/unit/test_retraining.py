@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+import lib.storage
 from lib.config import Settings
 from lib.errors import LineError, RetrainError, ServingError, TooFewError
 from lib.storage import Storage
@@ -47,10 +48,10 @@ class Killed(BaseException):
     """Passes by everything that handles errors, as SIGKILL does."""
 
 
-def killer(
-    monkeypatch: pytest.MonkeyPatch, fatal: int, *, after: bool
-) -> Callable[[], list[str]]:
+def killer(monkeypatch: pytest.MonkeyPatch, fatal: int, *, after: bool) -> Callable[[], list[str]]:
     """Die at a write; return what was being written when it happened."""
+    # What is written outlives a process without it.
+    monkeypatch.setattr(lib.storage, "_sync", lambda path: None)
     write, paths = Storage.write, []
 
     def deadly(self: Storage, relative: str, content: Any) -> None:
@@ -87,9 +88,10 @@ def test_a_second_retrain_of_the_same_does_nothing(storage: Storage) -> None:
 
 
 def num_writes(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> int:
+    record = begin(storage)
     with monkeypatch.context() as patch:
         paths = killer(patch, -1, after=False)
-        retrain.run(storage, begin(storage), FakeSteps(storage))
+        retrain.run(storage, record, FakeSteps(storage))
         return len(paths())
 
 
@@ -97,7 +99,7 @@ def test_killed_at_any_write_it_goes_on_and_does_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = num_writes(Storage(str(tmp_path / "whole" / "storage")), monkeypatch)
-    assert count > 4 * len(STEPS)
+    assert count >= 4 * len(STEPS)
     for fatal in range(1, count + 1):
         for after in (False, True):
             storage = Storage(str(tmp_path / f"{fatal}-{after}" / "storage"))
@@ -117,7 +119,7 @@ def test_killed_at_any_write_it_goes_on_and_does_nothing_twice(
             assert interrupted(storage, MODEL) is None
 
 
-@pytest.mark.parametrize("fatal", [2, 9, 16, 21])
+@pytest.mark.parametrize("fatal", [2, 8, 14, 21])
 def test_a_real_kill_frees_the_model_and_is_found(
     storage: Storage, settings: Settings, fatal: int
 ) -> None:

@@ -99,7 +99,9 @@ def grid(dossier: Dossier, split: str) -> str | None:
         return None
     height, width, channels = dossier.samples["shape"]
     sheet = np.full(
-        (rows * (height + _GAP) - _GAP, len(by_class) * (width + _GAP) - _GAP, channels), 255, np.uint8
+        (rows * (height + _GAP) - _GAP, len(by_class) * (width + _GAP) - _GAP, channels),
+        255,
+        np.uint8,
     )
     for column, images in enumerate(by_class):
         for row, pixels in enumerate(images):

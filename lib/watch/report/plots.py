@@ -16,7 +16,7 @@ from lib.watch.dossier import Dossier
 BLUE, ORANGE, GREY, RED, INK = "#1f5fa8", "#c7651b", "#9aa4b2", "#b3261e", "#14181f"
 _PALE = "#dfe5ec"
 _WIDTH = 6.4
-_STYLE = {
+_STYLE: Any = {
     # As text: it can be searched and read aloud, and takes the page's font.
     "svg.fonttype": "none",
     "svg.hashsalt": "rayline",
@@ -278,9 +278,8 @@ def _svg(figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return re.sub(r'width="[\d.]+pt"', 'width="100%"', re.sub(r' height="[\d.]+pt"', "", svg, count=1),
-                  count=1)  # fmt: skip
+    svg = re.sub(r' height="[\d.]+pt"', "", svg[svg.index("<svg") :], count=1)
+    return re.sub(r'width="[\d.]+pt"', 'width="100%"', svg, count=1)
 
 
 def _name_classes(axis: Any, names: Sequence[str]) -> None:
