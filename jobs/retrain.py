@@ -19,7 +19,8 @@ from lib.cli import run
 from lib.config import PRESETS, Settings, preset
 from lib.serving.keys import name_of_caller
 from lib.storage import Storage
-from lib.watch import predictions, retrain, rollout
+from lib.watch import predictions, retrain
+from lib.watch.hand_over import hand_over
 from lib.watch.retrain_record import read
 from lib.watch.retrain_steps import RetrainSteps
 
@@ -55,7 +56,7 @@ def main() -> None:
             storage=storage,
             preset=preset(str(record.options["preset"])),
             joined=predictions.joined,
-            rollout_of=rollout.retrained,
+            rollout_of=hand_over,
         )
         return retrain.run(storage, record, steps).to_json()
 

@@ -173,11 +173,11 @@ def _check_enough(extension: Extension, num_labelled: int, config: ExtendConfig)
         return
     raise TooFewError(
         f"{sum(rows.values())} new labelled live images ({rows['train']} to train on, "
-        f"{rows['val']} to validate, {rows[LIVE]} held out); at least {config.min_rows} are needed. "
-        f"Of {num_labelled} labelled requests with an image {extension.num_known} are in the data "
-        f"set already, {extension.num_repeated} repeat one another, {extension.num_contradicting} "
-        f"contradict one another; {extension.num_unfit} more have another shape. Send labels to "
-        "POST /feedback, or let a larger share of images be logged"
+        f"{rows['val']} to validate, {rows[LIVE]} held out); at least {config.min_rows} are "
+        f"needed. Of {num_labelled} labelled requests with an image {extension.num_known} are in "
+        f"the data set already, {extension.num_repeated} repeat one another, "
+        f"{extension.num_contradicting} contradict one another; {extension.num_unfit} more have "
+        "another shape. Send labels to POST /feedback, or let a larger share of images be logged"
     )
 
 

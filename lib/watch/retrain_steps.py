@@ -30,9 +30,9 @@ from lib.watch.live_gate import judge
 from lib.watch.retrain_record import Record
 
 Result = Mapping[str, Any]
-Rollout = Callable[[Settings, Storage, int, str, str], Result]
-"""Takes settings, storage, version, who and why; returns how it ended, with `status`. A rollout of
-that version that is under way goes on."""
+Rollout = Callable[[Settings, Storage, int, str], Result]
+"""Takes settings, storage, version and who; returns how it ended, with `status`. A rollout of that
+version that is under way goes on."""
 Joined = Callable[..., pa.Table]
 """`lib.watch.predictions.joined`."""
 _SPAN_US = 6 * 3600 * 10**6
@@ -144,12 +144,12 @@ class RetrainSteps:
 
     def rollout(self, candidate: Result, record: Record) -> Step:
         """Hand the version over; what it came to is kept once it has ended."""
-        number, why = int(candidate["version"]), f"retrain {record.id}: {record.reason}"
+        number, who = int(candidate["version"]), f"{record.who}, retrain {record.id}"
         return run_step(
             self.storage,
             "rollout",
             {"model": self.settings.model, "version": number, "run_id": candidate["run_id"]},
-            lambda: self.rollout_of(self.settings, self.storage, number, record.who, why),
+            lambda: self.rollout_of(self.settings, self.storage, number, who),
             lambda result: result.get("status") in _ENDED,
         )
 

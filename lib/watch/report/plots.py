@@ -92,6 +92,8 @@ def search(dossier: Dossier) -> Picture:
             small.scatter(_numbers(values), accuracy, c=colours, s=14, zorder=3)
             if _is_logarithmic(values):
                 small.set_xscale("log")
+                small.xaxis.get_major_locator().set_params(numticks=4)
+                small.xaxis.set_minor_formatter(lambda value, place: "")
             small.set_title(name.replace("_", " "), fontsize=9)
             small.tick_params(labelsize=7)
         return done()
@@ -141,6 +143,7 @@ def classes(dossier: Dossier) -> Picture:
                           textcoords="offset points", va="center", fontsize=8)  # fmt: skip
         axes.set_yticks(places, [name for name, _ in found])
         axes.set_xlim(start, 1 + 0.18 * (1 - start))
+        axes.set_xticks([tick for tick in axes.get_xticks() if start <= tick <= 1])
         axes.xaxis.set_major_formatter(_percent)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("accuracy on test (dashed: all classes)")
