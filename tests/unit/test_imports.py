@@ -37,6 +37,11 @@ PURE = (
     "lib.serving.bundle",
     "lib.serving.record",
     "lib.watch.metrics",
+    "lib.watch.betting",
+    "lib.watch.gates",
+    "lib.watch.evidence",
+    "lib.watch.replay",
+    "lib.watch.rollout",
 )
 IMPURE = {"ray", "mlflow", "requests", "aiohttp", "httpx", "http", "urllib", "fastapi", "starlette"}
 
