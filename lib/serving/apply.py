@@ -18,6 +18,7 @@ from lib.errors import ServingError, StartError
 from lib.serving import plan, policy
 from lib.serving.bundle import read_card
 from lib.serving.client import ServeClient, live_applications, wait_until
+from lib.serving.feedback import PROBE_ID
 from lib.serving.keys import internal_headers
 from lib.serving.predictor import load_predictor
 from lib.serving.traffic import COLOCATED, ModelTraffic, Policy
@@ -173,7 +174,7 @@ def _take_away(settings: Settings, client: ServeClient, models: Mapping[str, Mod
 def _probe(settings: Settings, storage: Storage, desired: ModelTraffic) -> None:
     """Ask every version once through the address that callers use."""
     base = f"{serve_url(settings)}/v2/models/{settings.model}"
-    headers = internal_headers(storage)
+    headers = {**internal_headers(storage), "X-Request-Id": PROBE_ID}
     for version in desired.bundles:
         url = f"{base}/versions/{version}"
         last = "nothing yet"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lib.watch.betting import Blocks, Bools, Floats, blocks
+from lib.watch.betting import Blocks, Bools, Floats, Ints, blocks
 from lib.watch.gates import NOTHING, Evidence, Limits, Paired
 
 Array = npt.NDArray[Any]
@@ -139,7 +139,7 @@ def _latency(
     live = ~is_shadow
     latency_ms = _array(table["latency_ms"])[live].astype(np.float64)
     is_candidate, in_stage = is_candidate[live], in_stage[live]
-    before = np.cumsum(~is_candidate) - ~is_candidate
+    before: Ints = np.cumsum(~is_candidate) - ~is_candidate
     epoch = before // _P99_EVERY
     limit_ms = _limits_ms(latency_ms[~is_candidate], int(epoch.max(initial=0)), limits)[epoch]
     used = in_stage & np.isfinite(limit_ms)
