@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -23,19 +23,14 @@ _IMAGE_COLUMNS = ("version", "shadow", "predicted", "image")
 
 def read_answers(storage: Storage, model: str, *, start_us: int, end_us: int) -> pa.Table:
     """Return what `lib.watch.evidence.gather` takes; raise StorageError if it can't be read."""
-    try:
-        return predictions.joined(storage, model, start_us=start_us, end_us=end_us, columns=COLUMNS)
-    except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"the prediction log can't be read: {error}") from error
+    return _joined(storage, model, start_us, end_us, COLUMNS)
 
 
 def read_logged(storage: Storage, model: str, card: Card, *, now_us: int) -> Logged:
     """Return the newest images that a version answered, with what it said."""
     rows: list[pa.Table] = []
     for start_us, end_us in _windows(now_us):
-        found = predictions.joined(
-            storage, model, start_us=start_us, end_us=end_us, columns=_IMAGE_COLUMNS
-        )
+        found = _joined(storage, model, start_us, end_us, _IMAGE_COLUMNS)
         found = found.filter(pc.equal(found["version"], card.version))
         found = found.filter(pc.invert(found["shadow"]))
         found = found.filter(pc.greater_equal(found["predicted"], 0))
@@ -52,6 +47,15 @@ def read_logged(storage: Storage, model: str, card: Card, *, now_us: int) -> Log
         champion_N=table["predicted"].to_numpy().astype(np.int64),
         label_N=pc.fill_null(table["label"], -1).to_numpy().astype(np.int64),
     )
+
+
+def _joined(
+    storage: Storage, model: str, start_us: int, end_us: int, columns: Sequence[str]
+) -> pa.Table:
+    try:
+        return predictions.joined(storage, model, start_us=start_us, end_us=end_us, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"the prediction log can't be read: {error}") from error
 
 
 def _windows(now_us: int) -> Iterator[tuple[int, int]]:
