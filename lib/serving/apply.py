@@ -14,7 +14,7 @@ import requests
 
 from lib.cli import progress
 from lib.config import Settings
-from lib.errors import ServingError
+from lib.errors import ServingError, StartError
 from lib.serving import plan, policy
 from lib.serving.bundle import read_card
 from lib.serving.client import ServeClient, live_applications, wait_until
@@ -130,7 +130,7 @@ def _wait_running(client: ServeClient, names: list[str]) -> None:
                 seen[name] = status
                 progress("deploy", f"{name}: {status.lower()}")
             if status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise ServingError(f"{name} failed to start: {_reason(details, name)}")
+                raise StartError(f"{name} failed to start: {_reason(details, name)}")
         return all(seen[name] == "RUNNING" for name in names)
 
     wait_until(all_running, deadline_s=START_DEADLINE_S, what=f"start of {', '.join(names)}")

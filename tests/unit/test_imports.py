@@ -52,6 +52,12 @@ PURE = (
     "lib.watch.alerts",
     "lib.watch.overview",
     "lib.watch.stats",
+    "lib.watch.betting",
+    "lib.watch.gates",
+    "lib.watch.evidence",
+    "lib.watch.replay",
+    "lib.watch.logged",
+    "lib.watch.rollout",
 )
 IMPURE = {"ray", "mlflow", "requests", "aiohttp", "httpx", "http", "urllib", "fastapi", "starlette"}
 
