@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -28,6 +28,14 @@ PRIVATE = {
 }
 """Nothing is reported to anyone."""
 
+_PASSED_ON = (
+    "RAYLINE_SERVE_API",
+    "RAYLINE_SERVE_URL",
+    "RAYLINE_TRIAL_LABELS",
+    "RAYLINE_TRIAL_GPUS",
+    "RAYLINE_SERVE_LABELS",
+)
+"""Settings of a cluster; where they are not given, jobs see what its nodes were started with."""
 # Of another cluster, or of the shell that a line was started from.
 _NOT_INHERITED = (
     "RAY_ADDRESS",
@@ -54,6 +62,8 @@ class Line:
     """MLFLOW_TRACKING_URI, if a server was given; else this line starts one."""
     storage_uri: str | None
     """RAYLINE_STORAGE, if given; else a folder in `home`."""
+    passed_on: Mapping[str, str] = field(default_factory=dict)
+    """Settings of a cluster that were given, by variable."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Line:
@@ -80,6 +90,7 @@ class Line:
             ray_url=ray_url if ray_url not in {"", line.dashboard_url} else None,
             mlflow_url=mlflow_url if mlflow_url not in {"", line.tracking_uri} else None,
             storage_uri=line.storage_uri,
+            passed_on={name: env[name] for name in _PASSED_ON if env.get(name)},
         )
 
     def __post_init__(self) -> None:
@@ -129,6 +140,8 @@ class Line:
     @property
     def serve_url(self) -> str:
         """Where the models answer; a given cluster is taken to serve on its dashboard's host."""
+        if given := self.passed_on.get("RAYLINE_SERVE_URL"):
+            return given.rstrip("/")
         host = self.host if self.ray_url is None else urlsplit(self.ray_url).hostname
         return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{self.ports['http']}"
 
@@ -164,6 +177,7 @@ class Line:
             "RAYLINE_HTTP_PORT": str(self.ports["http"]),
             "RAYLINE_GRPC_PORT": str(self.ports["grpc"]),
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
+            **self.passed_on,
         }
 
     def client_env(self) -> dict[str, str]:

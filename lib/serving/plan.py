@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from lib.config import Settings
+from lib.selector import read_selector
 from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
 
@@ -104,6 +105,9 @@ def _application(
         return copy.deepcopy(dict(live[name]))
     template = yaml.safe_load((_ROOT / "serve_apps" / "config.yaml").read_text())
     kind = "version" if bundle else "gateway"
+    if selector := read_selector("RAYLINE_SERVE_LABELS", settings.serve_labels):
+        for deployment in template[kind]["deployments"]:
+            deployment["ray_actor_options"]["label_selector"] = selector
     return {
         **template[kind],
         "name": name,

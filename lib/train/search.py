@@ -193,7 +193,7 @@ def _run(
                 f"{len(progress.interrupted())} go on")  # fmt: skip
         else:
             say("tune", f"sweep {sweep.run_id}: {study.num_trials} trials")
-        session = _Session(storage, folder, experiment, work, progress, study, desk)
+        session = _Session(settings, storage, folder, experiment, work, progress, study, desk)
         if not progress.closed:
             session.run(experiment.time_budget_s - spent_s)
             progress.add(CLOSED, durable=True)
@@ -205,6 +205,7 @@ class _Session:
 
     def __init__(
         self,
+        settings: Settings,
         storage: Storage,
         folder: str,
         experiment: Experiment,
@@ -213,6 +214,7 @@ class _Session:
         study: Study,
         desk: Desk,
     ) -> None:
+        self._settings = settings
         self._storage = storage
         self._folder = folder
         self._experiment = experiment
@@ -225,7 +227,7 @@ class _Session:
         """Run trials until all have ended or a limit is met."""
         experiment, work, progress = self._experiment, self._work, self._progress
         start_s = time.monotonic()
-        resources = trial_resources(work.gpus_per_trial)
+        resources = trial_resources(work.gpus_per_trial, self._settings)
         say("tune", resources.describe())
         shared = work.shared(resources)
         # One more than there is room for, where resources keep it waiting: no slot is ever idle.
