@@ -2,9 +2,11 @@
 #   make up DATA=my-images PRESET=quick MODEL=name
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test bench lint
+.PHONY: help up down test bench lint audit train rollout rollback image
 SHELL := /bin/bash
 BIN := .venv/bin
+# Settings of the line of this folder, unless the shell has those of another one.
+LINE := [ -n "$$RAYLINE_STORAGE" ] || [ ! -f .rayline/env ] || . .rayline/env
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/'
@@ -23,6 +25,24 @@ lint: .venv/.installed ## what CI checks before the tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+audit: .venv/.installed ## known weaknesses of the pins, and whether the pins are whole
+	@$(BIN)/python deploy/audit.py
+
+train: .venv/.installed ## like up, but nothing that is served changes; report in .rayline/report.md
+	@$(BIN)/python -m jobs.up --no-deploy $(if $(DATA),--data "$(DATA)") \
+	  $(if $(PRESET),--preset "$(PRESET)") $(if $(MODEL),--model "$(MODEL)")
+
+rollout: .venv/.installed ## the challenger step by step to all of the traffic; WHY=reason
+	@$(LINE); $(BIN)/python -m jobs.rollout --why "$${WHY:-make rollout}"
+
+rollback: .venv/.installed ## back to the champion before; WHY=reason
+	@$(LINE); $(BIN)/python -m jobs.deploy --why "$${WHY:-make rollback}" rollback
+
+image: ## the container image, DEVICE=cpu|gpu
+	@docker build -f deploy/Dockerfile -t rayline:$(or $(DEVICE),cpu) \
+	  --build-arg DEVICE=$(or $(DEVICE),cpu) \
+	  --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" .
 
 bench: .venv/.installed ## the measured tables, with peers on the same machine
 	@$(BIN)/python -m tests.bench

@@ -12,8 +12,8 @@ from lib.selector import read_selector
 
 MAX_BODY_BYTES = 16 * 2**20
 """Of one request for an inference, over HTTP or gRPC."""
-_STORAGE_SECRETS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the file that AWS_PROFILE names"
-_MLFLOW_SECRETS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+STORAGE_SECRETS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the file that AWS_PROFILE names"
+MLFLOW_SECRETS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +52,8 @@ class Settings:
                 f"RAYLINE_STORAGE={self.storage!r} is relative; give an absolute path or a URI "
                 "such as s3://bucket/rayline"
             )
-        refuse_password("RAYLINE_STORAGE", self.storage, _STORAGE_SECRETS)
-        refuse_password("MLFLOW_TRACKING_URI", self.mlflow_uri, _MLFLOW_SECRETS)
+        refuse_password("RAYLINE_STORAGE", self.storage, STORAGE_SECRETS)
+        refuse_password("MLFLOW_TRACKING_URI", self.mlflow_uri, MLFLOW_SECRETS)
         for name, port in (("HTTP", self.http_port), ("GRPC", self.grpc_port)):
             if not 0 < port < 65536:
                 raise ConfigError(f"RAYLINE_{name}_PORT={port} is not a port")

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib.config import MAX_BODY_BYTES
+from lib.config import MAX_BODY_BYTES, MLFLOW_SECRETS, STORAGE_SECRETS
 from lib.errors import ConfigError, LineError
 from lib.line.ports import RANGE_SIZE, read_ports, variable
 from lib.line.processes import LINE_VARIABLE, PART_VARIABLE
+from lib.secrets import refuse_password
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 PRIVATE = {
@@ -94,7 +95,13 @@ class Line:
         )
 
     def __post_init__(self) -> None:
-        """Check that a cluster elsewhere can reach what it is given."""
+        """Check that a cluster elsewhere can reach what it is given, and that all may be told."""
+        for name, value, instead in (
+            ("RAY_API_SERVER_ADDRESS", self.ray_url, "RAY_AUTH_TOKEN_PATH"),
+            ("MLFLOW_TRACKING_URI", self.mlflow_url, MLFLOW_SECRETS),
+            ("RAYLINE_STORAGE", self.storage_uri, STORAGE_SECRETS),
+        ):
+            refuse_password(name, value or "", instead)
         if self.ray_url is None or _is_loopback(urlsplit(self.ray_url).hostname or ""):
             return
         for name, value in (

@@ -129,3 +129,13 @@ def serve_config(settings: Settings, applications: list[dict[str, Any]]) -> dict
         "grpc_options": {"port": settings.grpc_port, "grpc_servicer_functions": [_SERVICER]},
         "applications": sorted(applications, key=lambda config: str(config["name"])),
     }
+
+
+def ray_service_patch(settings: Settings, live: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the change that makes a Kubernetes RayService ask for what is live.
+
+    Its operator sends its own text again when it restarts or makes a new cluster; versions that are
+    missing there would go.
+    """
+    config = serve_config(settings, list(live.values()))
+    return {"spec": {"serveConfigV2": yaml.safe_dump(config, sort_keys=False)}}
