@@ -5,6 +5,7 @@
 .PHONY: help up down test bench lint audit train rollout rollback image
 SHELL := /bin/bash
 BIN := .venv/bin
+# What CI may be told by others (WHY, PRESET, …) stays in the shell: make would run what is in it.
 # Settings of the line of this folder, unless the shell has those of another one.
 LINE := [ -n "$$RAYLINE_STORAGE" ] || [ ! -f .rayline/env ] || . .rayline/env
 
@@ -30,8 +31,8 @@ audit: .venv/.installed ## known weaknesses of the pins, and whether the pins ar
 	@$(BIN)/python deploy/audit.py
 
 train: .venv/.installed ## like up, but nothing that is served changes; report in .rayline/report.md
-	@$(BIN)/python -m jobs.up --no-deploy $(if $(DATA),--data "$(DATA)") \
-	  $(if $(PRESET),--preset "$(PRESET)") $(if $(MODEL),--model "$(MODEL)")
+	@$(BIN)/python -m jobs.up --no-deploy $${DATA:+--data "$$DATA"} \
+	  $${PRESET:+--preset "$$PRESET"} $${MODEL:+--model "$$MODEL"}
 
 rollout: .venv/.installed ## the challenger step by step to all of the traffic; WHY=reason
 	@$(LINE); $(BIN)/python -m jobs.rollout --why "$${WHY:-make rollout}"
@@ -40,8 +41,8 @@ rollback: .venv/.installed ## back to the champion before; WHY=reason
 	@$(LINE); $(BIN)/python -m jobs.deploy --why "$${WHY:-make rollback}" rollback
 
 image: ## the container image, DEVICE=cpu|gpu
-	@docker build -f deploy/Dockerfile -t rayline:$(or $(DEVICE),cpu) \
-	  --build-arg DEVICE=$(or $(DEVICE),cpu) \
+	@docker build -f deploy/Dockerfile -t "rayline:$${DEVICE:-cpu}" \
+	  --build-arg DEVICE="$${DEVICE:-cpu}" \
 	  --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" .
 
 bench: .venv/.installed ## the measured tables, with peers on the same machine
