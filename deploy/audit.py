@@ -14,6 +14,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -43,11 +44,11 @@ def check_pins(pins: Sequence[Requirement], direct: Sequence[Requirement]) -> li
         if other is not pin and not (other.marker and pin.marker):
             wrong.append(f"{pin.name} is pinned twice; keep one, or give both a marker")
     for wanted in direct:
-        pin = seen.get(canonicalize_name(wanted.name))
-        if pin is None:
+        name = canonicalize_name(wanted.name)
+        if name not in seen:
             wrong.append(f"{wanted.name} of pyproject.toml is not pinned")
-        elif not wanted.specifier.contains(str(pin.specifier)[2:], prereleases=True):
-            wrong.append(f"{pin} is not what pyproject.toml asks for ({wanted})")
+        elif not wanted.specifier.contains(str(seen[name].specifier)[2:], prereleases=True):
+            wrong.append(f"{seen[name]} is not what pyproject.toml asks for ({wanted})")
     return wrong
 
 
@@ -66,8 +67,17 @@ def check_installed(pins: Sequence[Requirement]) -> list[str]:
     return wrong
 
 
-def known_weaknesses(requirements: Path) -> list[str] | None:
-    """Return the pins that advisories name, None where no advisory service can be reached."""
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an advisory service said."""
+
+    weaknesses: list[str]
+    num_unknown: int
+    """Pins that the service could say nothing about."""
+
+
+def known_weaknesses(requirements: Path) -> Report | None:
+    """Return what advisories say of the pins, None where no advisory service can be reached."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         uv = Path(sys.executable).with_name("uv")
@@ -80,14 +90,20 @@ def known_weaknesses(requirements: Path) -> list[str] | None:
             return None
 
 
-def read_report(text: str) -> list[str]:
-    """Return a line for each weakness in a report of pip-audit."""
-    return [
+def read_report(text: str) -> Report | None:
+    """Read a report of pip-audit; None if it has an answer for no pin at all."""
+    packages = json.loads(text)["dependencies"]
+    unknown = [package for package in packages if "skip_reason" in package]
+    if len(unknown) == len(packages):
+        # A mirror without advisories: pip-audit ends well, having found nothing.
+        return None
+    weaknesses = [
         f"{package['name']} {package.get('version')}: {weakness['id']}, fixed in "
         f"{', '.join(weakness['fix_versions']) or 'no version yet'}"
-        for package in json.loads(text)["dependencies"]
+        for package in packages
         for weakness in package.get("vulns", [])
     ]
+    return Report(weaknesses, len(unknown))
 
 
 def main() -> None:
@@ -97,12 +113,15 @@ def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     wrong = check_pins(pins, [Requirement(line) for line in named]) + check_installed(pins)
-    weaknesses = known_weaknesses(requirements)
-    if weaknesses is None:
+    report = known_weaknesses(requirements)
+    if report is None:
         print("no advisory service can be reached: only the pins themselves are checked")
-    for line in [*wrong, *(weaknesses or [])]:
+    elif report.num_unknown:
+        print(f"the advisory service knows nothing of {report.num_unknown} pins")
+    found = [*wrong, *(report.weaknesses if report else [])]
+    for line in found:
         print(line)
-    if wrong or weaknesses:
+    if found:
         sys.exit(1)
     print(f"{len(pins)} pins: nothing is wrong")
 

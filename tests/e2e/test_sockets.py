@@ -36,7 +36,6 @@ def sockets(line: LiveLine) -> list[Socket]:
 def test_nothing_listens_for_others_that_the_table_does_not_name(line: LiveLine) -> None:
     state = Line.from_env(line.env)
     seen = sockets(line)
-    import pathlib; pathlib.Path("/tmp/h6deploy/sockets.txt").write_text("\n".join(f"{x.address} {x.port} {name_of(x.port, state.ports)} {x.process[:90]}" for x in seen))
     assert unexpected(seen, state.ports, state.host) == []
     # Most ports are open, so the scan did look at the right processes.
     names = {name_of(socket.port, state.ports) for socket in seen}

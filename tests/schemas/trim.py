@@ -1,10 +1,10 @@
 """Makes the small schemas beside this from the published ones: see README.md for where those are.
 
-    python -m tests.schemas.trim crd   kuberay.json    RayCluster,RayJob,RayService  CRD.yaml …
-    python -m tests.schemas.trim local kubernetes.json Deployment,Service,…          _definitions.json
+    python -m tests.schemas.trim crd kuberay.json RayCluster,RayJob,RayService CRD.yaml …
+    python -m tests.schemas.trim local kubernetes.json Deployment,Service,… _definitions.json
 
-Left out: descriptions, status, and kinds that are not asked for. Added: unknown fields are errors, as
-for `kubectl apply --validate=strict`. What is in it twice is written once.
+Left out: descriptions, status, and kinds that are not asked for. Added: unknown fields are errors,
+as for `kubectl apply --validate=strict`. What is in it twice is written once.
 """
 
 from __future__ import annotations

@@ -59,8 +59,22 @@ def test_another_version_than_the_pin_is_seen(audit: Any) -> None:
     assert audit.check_installed([Requirement("x==1 ; sys_platform == 'win32'")]) == []
 
 
+def report(*packages: dict[str, Any]) -> str:
+    return json.dumps({"dependencies": packages})
+
+
 def test_a_report_of_pip_audit_is_read(audit: Any) -> None:
     weakness = {"id": "PYSEC-1", "fix_versions": ["2.0"]}
-    packages = [{"name": "a", "version": "1.0", "vulns": [weakness]}, {"name": "b", "vulns": []}]
-    report = json.dumps({"dependencies": packages})
-    assert audit.read_report(report) == ["a 1.0: PYSEC-1, fixed in 2.0"]
+    found = audit.read_report(
+        report(
+            {"name": "a", "version": "1.0", "vulns": [weakness]},
+            {"name": "b", "version": "1.0", "vulns": []},
+            {"name": "c", "skip_reason": "not found"},
+        )
+    )
+    assert found.weaknesses == ["a 1.0: PYSEC-1, fixed in 2.0"]
+    assert found.num_unknown == 1
+
+
+def test_a_report_without_any_answer_is_none(audit: Any) -> None:
+    assert audit.read_report(report({"name": "a", "skip_reason": "not found"})) is None

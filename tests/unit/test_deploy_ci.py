@@ -33,7 +33,9 @@ def named(text: str) -> tuple[set[str], set[str]]:
     """Make targets and jobs that a text calls outside of its comments."""
     text = re.sub(r"(^|\s)(#|//)[^\n]*", "", text)
     targets = set(re.findall(r"(?:^|[\s'\"])make ([a-z]+)", text, re.MULTILINE))
-    jobs = set(re.findall(r"jobs\.submit ([a-z_]+)", text)) | set(re.findall(r"-m jobs\.([a-z_]+)", text))
+    jobs = set(re.findall(r"jobs\.submit ([a-z_]+)", text)) | set(
+        re.findall(r"-m jobs\.([a-z_]+)", text)
+    )
     return targets, jobs
 
 
@@ -62,7 +64,9 @@ def test_a_misspelt_key_would_be_found() -> None:
     assert list(Draft7Validator(schema).iter_errors(wrong))
 
 
-@pytest.mark.parametrize("path", [*WORKFLOWS, JENKINS, ROOT / "Makefile"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*WORKFLOWS, JENKINS, ROOT / "Makefile"], ids=lambda path: path.name
+)
 def test_what_is_called_exists(path: Path) -> None:
     targets, jobs = named(path.read_text())
     assert targets <= TARGETS | {"lint"}
@@ -73,7 +77,9 @@ def test_both_systems_call_the_same() -> None:
     of_workflows = set().union(*(named(path.read_text())[0] for path in WORKFLOWS))
     of_jenkins, _ = named(JENKINS.read_text())
     # On GitHub a line of the run's own has to be ended; a Jenkins agent keeps its own.
-    assert of_workflows - {"down"} == of_jenkins == {"audit", "image", "train", "rollout", "rollback"}
+    assert (
+        of_workflows - {"down"} == of_jenkins == {"audit", "image", "train", "rollout", "rollback"}
+    )
     for path in (ROOT / ".github" / "workflows" / "test.yml", JENKINS):
         assert re.search(r"\.ci/run", path.read_text())
     assert (ROOT / ".ci" / "run").exists()
@@ -105,7 +111,9 @@ def test_workflows_give_away_nothing(path: Path) -> None:
             assert step["with"]["persist-credentials"] is False
         if "uses" in step:
             assert re.search(r"@v\d+$", step["uses"])
-        assert not re.search(r"echo .*(TOKEN|KEY|secrets\.)", script.replace("RAY_AUTH_TOKEN_PATH", ""))
+        assert not re.search(
+            r"echo .*(TOKEN|KEY|secrets\.)", script.replace("RAY_AUTH_TOKEN_PATH", "")
+        )
 
 
 def test_the_jenkinsfile_is_balanced_and_declarative() -> None:
@@ -118,7 +126,13 @@ def test_the_jenkinsfile_is_balanced_and_declarative() -> None:
     assert depth == 0
     assert bare.count("(") == bare.count(")")
     assert bare.lstrip().startswith("pipeline {")
-    assert re.findall(r"stage\('(\w+)'\)", text) == ["Test", "Image", "Train", "Rollout", "Rollback"]
+    assert re.findall(r"stage\('(\w+)'\)", text) == [
+        "Test",
+        "Image",
+        "Train",
+        "Rollout",
+        "Rollback",
+    ]
     # Parameters reach scripts through the environment; Groovy never puts them into a command.
     assert not re.search(r"sh \"", text)
 

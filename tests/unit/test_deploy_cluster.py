@@ -1,4 +1,4 @@
-"""cluster.yaml and its variant for machines that are there: what `ray up` would refuse, and more."""
+"""cluster.yaml and its variant for machines that are there: what `ray up` refuses, and more."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_every_process_of_ray_starts_with_the_token_and_the_settings(name: str) 
     assert (env["RAY_AUTH_MODE"], env["RAY_USAGE_STATS_ENABLED"]) == ("token", "0")
 
 
-@pytest.mark.parametrize("name", (*FILES, "deploy/cluster.env"))
+@pytest.mark.parametrize("name", [*FILES, "deploy/cluster.env"])
 def test_no_secret_is_in_the_files(name: str) -> None:
     assert not SECRET.search((ROOT / name).read_text())
 
@@ -118,7 +118,9 @@ def test_local_nodes_get_the_same_labels() -> None:
     found = re.search(r"--labels=(\S+?)=\$\((.*)\) --", text)
     assert found
     assert found.group(1) == "rayline/pool"
-    shown = subprocess.run(["sh", "-c", found.group(2)], env={"PATH": ""}, capture_output=True)
+    shown = subprocess.run(
+        ["/bin/sh", "-c", found.group(2)], env={"PATH": ""}, capture_output=True, check=True
+    )
     assert shown.stdout == b"serve\n"
 
 

@@ -45,7 +45,9 @@ def broken_rules(text: str) -> list[str]:
         if instruction == "RUN" and "apt-get install" in rest:
             if "--no-install-recommends" not in rest:
                 found.append("nothing that is only recommended")
-            if not re.search(r"apt-get update .*apt-get install.*rm -rf /var/lib/apt/lists/\*", rest):
+            if not re.search(
+                r"apt-get update .*apt-get install.*rm -rf /var/lib/apt/lists/\*", rest
+            ):
                 found.append("lists come and go in the same layer")
         if instruction == "RUN" and "pip install" in rest and "--no-cache" not in rest:
             found.append("no caches in layers")
@@ -98,7 +100,9 @@ def test_what_the_image_copies_is_there_and_not_ignored() -> None:
 
 
 def test_cpu_and_gpu_differ_by_cuda_s_packages_alone() -> None:
-    run = next(r for i, r in steps((DEPLOY / "Dockerfile").read_text()) if "DEVICE" in r and i == "RUN")
+    run = next(
+        r for i, r in steps((DEPLOY / "Dockerfile").read_text()) if "DEVICE" in r and i == "RUN"
+    )
     pattern = re.search(r"grep -Ev '([^']+)'", run)
     assert pattern
     pins = (ROOT / "requirements.txt").read_text().splitlines()

@@ -216,7 +216,9 @@ def test_every_pod_that_is_asked_has_a_policy_that_lets_the_asker_in() -> None:
     database = one(manifests, "NetworkPolicy", "rayline-postgres")["spec"]["ingress"]
     assert database == [
         {
-            "from": [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "rayline-mlflow"}}}],
+            "from": [
+                {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "rayline-mlflow"}}}
+            ],
             "ports": [{"protocol": "TCP", "port": 5432}],
         }
     ]

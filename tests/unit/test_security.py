@@ -28,9 +28,7 @@ def test_the_page_shows_the_table_as_it_is() -> None:
         for line in page.splitlines()
         if re.match(r"\| (`|–)", line)
     ]
-    expected = [
-        (f"`{name}`" if name != "–" else name, *rest) for name, *rest in table()
-    ]
+    expected = [(f"`{name}`" if name != "–" else name, *rest) for name, *rest in table()]
     assert shown == expected
 
 
