@@ -2,7 +2,7 @@
 #   make up DATA=my-images PRESET=quick MODEL=name
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test bench lint audit train rollout rollback image
+.PHONY: help up down test bench lint audit train rollout rollback rayservice image
 SHELL := /bin/bash
 BIN := .venv/bin
 # What CI may be told by others (WHY, PRESET, …) stays in the shell: make would run what is in it.
@@ -39,6 +39,10 @@ rollout: .venv/.installed ## the challenger step by step to all of the traffic; 
 
 rollback: .venv/.installed ## back to the champion before; WHY=reason
 	@$(LINE); $(BIN)/python -m jobs.deploy --why "$${WHY:-make rollback}" rollback
+
+rayservice: .venv/.installed ## Kubernetes: the RayService asks for what is live now
+	@$(LINE); kubectl -n rayline patch rayservice rayline-serve --type merge \
+	  -p "$$($(BIN)/python -m jobs.serve_config | tail -n 1)"
 
 image: ## the container image, DEVICE=cpu|gpu
 	@docker build -f deploy/Dockerfile -t "rayline:$${DEVICE:-cpu}" \
