@@ -53,7 +53,7 @@ step() {
       ;;
     RUN) inside "$rest" ;;
     WORKDIR) workdir="$rest"; mkdir -p "$root$rest" ;;
-    USER) user="$rest" ;;
+    USER) user="$rest"; environment+=("HOME=/home/rayline") ;;
     COPY)
       [[ "$rest" == --from=* ]] && return  # The same root here.
       local words target

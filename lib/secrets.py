@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from urllib.parse import parse_qsl, urlsplit
+import re
 
 from lib.errors import ConfigError
 
-_SECRET_PARAMETERS = ("secret", "password", "token", "signature", "key")
+_USER_AND_PASSWORD = re.compile(r"\w[\w+.-]*://[^/?#]*:[^/?#]*@")
+_SECRET_PARAMETER = re.compile(r"[?&][^=&#]*(secret|password|token|signature|key)[^=&#]*=", re.I)
 
 
 def refuse_password(variable: str, address: str, instead: str) -> None:
@@ -17,10 +18,7 @@ def refuse_password(variable: str, address: str, instead: str) -> None:
         address: A URI, or a path.
         instead: Where such a password belongs.
     """
-    parts = urlsplit(address)
-    names = [name.lower() for name, _ in parse_qsl(parts.query)]
-    has_parameter = any(word in name for name in names for word in _SECRET_PARAMETERS)
-    if "@" in parts.netloc and ":" in parts.netloc.rpartition("@")[0] or has_parameter:
+    if _USER_AND_PASSWORD.match(address) or _SECRET_PARAMETER.search(address):
         raise ConfigError(
             f"{variable} has a password in it, and would be printed and recorded with it; "
             f"take it out, and set {instead}"
