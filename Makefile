@@ -5,7 +5,7 @@
 .PHONY: help up down test bench lint audit train rollout rollback rayservice image
 SHELL := /bin/bash
 BIN := .venv/bin
-# What CI may be told by others (WHY, PRESET, …) stays in the shell: make would run what is in it.
+# What CI may be told by others (WHY, VERSION, …) stays in the shell: make would run what is in it.
 # Settings of the line of this folder, unless the shell has those of another one.
 LINE := [ -n "$$RAYLINE_STORAGE" ] || [ ! -f .rayline/env ] || . .rayline/env
 
@@ -34,8 +34,8 @@ train: .venv/.installed ## like up, but nothing that is served changes; report i
 	@$(BIN)/python -m jobs.up --no-deploy $${DATA:+--data "$$DATA"} \
 	  $${PRESET:+--preset "$$PRESET"} $${MODEL:+--model "$$MODEL"}
 
-rollout: .venv/.installed ## the challenger step by step to all of the traffic; WHY=reason
-	@$(LINE); $(BIN)/python -m jobs.rollout --why "$${WHY:-make rollout}"
+rollout: .venv/.installed ## VERSION=number step by step to all of the traffic, or back by itself
+	@$(LINE); $(BIN)/python -m jobs.rollout "$${VERSION:?give VERSION=number}"
 
 rollback: .venv/.installed ## back to the champion before; WHY=reason
 	@$(LINE); $(BIN)/python -m jobs.deploy --why "$${WHY:-make rollback}" rollback

@@ -88,12 +88,13 @@ def test_triggers_are_those_that_people_rely_on() -> None:
     on = {path.stem: workflow(path)["on"] for path in WORKFLOWS}
     assert on["train"]["pull_request"] == {"types": ["labeled"]}
     assert on["train"]["schedule"]
-    assert on["deploy"] == {"push": {"tags": ["v*"]}}
+    assert on["deploy"] == {"push": {"tags": ["v*", "model/*/*"]}}
     assert set(on["rollback"]) == {"workflow_dispatch"}
     assert on["rollback"]["workflow_dispatch"]["inputs"]["why"]["required"] is True
-    # Two changes of what is served never run at once.
-    groups = {stem: workflow(path)["concurrency"] for path in WORKFLOWS if (stem := path.stem)}
-    assert groups["deploy"] == groups["rollback"] == {"group": "production"}
+    # Two rollouts never run at once, and going back waits for none of them.
+    paths = {path.stem: workflow(path) for path in WORKFLOWS}
+    assert paths["deploy"]["jobs"]["rollout"]["concurrency"] == {"group": "rollout"}
+    assert paths["rollback"]["concurrency"] == {"group": "rollback"}
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -139,7 +140,7 @@ def test_the_jenkinsfile_is_balanced_and_declarative() -> None:
 
 def test_make_runs_nothing_that_others_write() -> None:
     text = (ROOT / "Makefile").read_text()
-    for name in ("WHY", "PRESET", "DEVICE"):
+    for name in ("WHY", "VERSION", "PRESET", "DEVICE"):
         for target in ("train", "rollout", "rollback", "image"):
             recipe = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", text, re.MULTILINE)
             assert recipe
