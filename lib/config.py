@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lib.errors import ConfigError
+from lib.secrets import refuse_password
+from lib.selector import read_selector
 
 MAX_BODY_BYTES = 16 * 2**20
 """Of one request for an inference, over HTTP or gRPC."""
+STORAGE_SECRETS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the file that AWS_PROFILE names"
+MLFLOW_SECRETS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +37,16 @@ class Settings:
     """RAYLINE_LOG_IMAGES: percent of the requests whose images go into the prediction log."""
     ray_address: str = "http://127.0.0.1:8265"
     """RAY_API_SERVER_ADDRESS: Ray dashboard, which takes jobs and the Serve config."""
+    serve_api: str = ""
+    """RAYLINE_SERVE_API: Ray dashboard of the cluster that serves; empty: the one that has jobs."""
+    serve_url: str = ""
+    """RAYLINE_SERVE_URL: where callers reach the models; empty: host and port from above."""
+    trial_labels: str = ""
+    """RAYLINE_TRIAL_LABELS: labels of the nodes that trials run on; empty: any node."""
+    serve_labels: str = ""
+    """RAYLINE_SERVE_LABELS: labels of the nodes that gateways and versions run on; empty: any."""
+    trial_gpus: int = 0
+    """RAYLINE_TRIAL_GPUS: GPUs that the nodes for trials can grow to; 0: those there are now."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without touching a network or disk."""
@@ -41,9 +55,13 @@ class Settings:
                 f"RAYLINE_STORAGE={self.storage!r} is relative; give an absolute path or a URI "
                 "such as s3://bucket/rayline"
             )
+        refuse_password("RAYLINE_STORAGE", self.storage, STORAGE_SECRETS)
+        refuse_password("MLFLOW_TRACKING_URI", self.mlflow_uri, MLFLOW_SECRETS)
         for name, port in (("HTTP", self.http_port), ("GRPC", self.grpc_port)):
             if not 0 < port < 65536:
                 raise ConfigError(f"RAYLINE_{name}_PORT={port} is not a port")
+        for name in ("trial_labels", "serve_labels"):
+            read_selector(f"RAYLINE_{name.upper()}", getattr(self, name))
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -60,6 +78,9 @@ class Settings:
             if not port.isdigit():
                 raise ConfigError(f"{name}={port!r} is not a number")
             ports[name] = int(port)
+        gpus = env.get("RAYLINE_TRIAL_GPUS") or "0"
+        if not gpus.isdigit():
+            raise ConfigError(f"RAYLINE_TRIAL_GPUS={gpus!r} is not a number")
         return cls(
             storage=env["RAYLINE_STORAGE"],
             mlflow_uri=env["MLFLOW_TRACKING_URI"],
@@ -69,6 +90,11 @@ class Settings:
             grpc_port=ports["RAYLINE_GRPC_PORT"],
             log_images=log_images_percent(env),
             ray_address=env.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265",
+            serve_api=(env.get("RAYLINE_SERVE_API") or "").rstrip("/"),
+            serve_url=(env.get("RAYLINE_SERVE_URL") or "").rstrip("/"),
+            trial_labels=env.get("RAYLINE_TRIAL_LABELS") or "",
+            serve_labels=env.get("RAYLINE_SERVE_LABELS") or "",
+            trial_gpus=int(gpus),
         )
 
 

@@ -30,9 +30,17 @@ from lib.train.work import image_work
 
 
 def run_pipeline(
-    settings: Settings, storage: Storage, source: str, preset: Preset, *, who: str
+    settings: Settings,
+    storage: Storage,
+    source: str,
+    preset: Preset,
+    *,
+    who: str,
+    serve: bool = True,
 ) -> dict[str, Any]:
     """Bring a served model up from a source; return what each step did.
+
+    Without `serve` the last step is left out: nothing that is served changes.
 
     Ray must be initialised. Raises what the steps raise: each message says what to do.
     """
@@ -45,9 +53,10 @@ def run_pipeline(
     mark = time.monotonic()
     registered = register(settings, storage, manifest, sweep_run_id)
     register_s = time.monotonic() - mark
-    deployed = deploy(
-        settings, storage, who=who, why=f"pipeline: {preset.name} sweep {sweep_run_id}"
-    )
+    weights: Mapping[str, float] = {}
+    if serve:
+        why = f"pipeline: {preset.name} sweep {sweep_run_id}"
+        weights = deploy(settings, storage, who=who, why=why)["weights"]
     deploy_s = time.monotonic() - mark - register_s
     champion = resolve(settings, settings.model, "champion")
     return {
@@ -62,7 +71,7 @@ def run_pipeline(
         "champion": champion.version,
         "test_accuracy": champion.test_accuracy,
         "val_accuracy": champion.val_accuracy,
-        "weights": deployed["weights"],
+        "weights": weights,
         "seconds": {
             "ingest": round(ingested.seconds, 1),
             "tune": round(sweep.seconds, 1),

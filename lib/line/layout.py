@@ -12,15 +12,16 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib.config import MAX_BODY_BYTES
+from lib.config import MAX_BODY_BYTES, MLFLOW_SECRETS, STORAGE_SECRETS
 from lib.errors import ConfigError, LineError
 from lib.line.ports import RANGE_SIZE, read_ports, variable
 from lib.line.processes import LINE_VARIABLE, PART_VARIABLE
 from lib.watch.dashboards import embedding
+from lib.secrets import refuse_password
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 PRIVATE = {
@@ -30,10 +31,19 @@ PRIVATE = {
 }
 """Nothing is reported to anyone."""
 
+_PASSED_ON = (
+    "RAYLINE_SERVE_API",
+    "RAYLINE_SERVE_URL",
+    "RAYLINE_TRIAL_LABELS",
+    "RAYLINE_TRIAL_GPUS",
+    "RAYLINE_SERVE_LABELS",
+)
+"""Settings of a cluster; where they are not given, jobs see what its nodes were started with."""
 # Of another cluster, or of the shell that a line was started from.
 _NOT_INHERITED = (
     "RAY_ADDRESS",
     "RAY_AUTH_TOKEN",
+    "RAYLINE_API_KEY",
     "RAY_NAMESPACE",
     "RAYLINE_PROVENANCE",
     "RAYLINE_MODEL",
@@ -63,6 +73,8 @@ class Line:
     """RAYLINE_PROMETHEUS_URL, if given; else this line starts one where it is installed."""
     grafana_url: str | None = None
     """GRAFANA_URL: the Grafana whose dashboards Ray's dashboard is to embed."""
+    passed_on: Mapping[str, str] = field(default_factory=dict)
+    """Settings of a cluster that were given, by variable."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Line:
@@ -95,10 +107,17 @@ class Line:
             storage_uri=line.storage_uri,
             prometheus_url=prometheus_url if prometheus_url not in {"", own_prometheus} else None,
             grafana_url=(env.get("GRAFANA_URL") or "").rstrip("/") or None,
+            passed_on={name: env[name] for name in _PASSED_ON if env.get(name)},
         )
 
     def __post_init__(self) -> None:
-        """Check that a cluster elsewhere can reach what it is given."""
+        """Check that a cluster elsewhere can reach what it is given, and that all may be told."""
+        for name, value, instead in (
+            ("RAY_API_SERVER_ADDRESS", self.ray_url, "RAY_AUTH_TOKEN_PATH"),
+            ("MLFLOW_TRACKING_URI", self.mlflow_url, MLFLOW_SECRETS),
+            ("RAYLINE_STORAGE", self.storage_uri, STORAGE_SECRETS),
+        ):
+            refuse_password(name, value or "", instead)
         if self.ray_url is None or _is_loopback(urlsplit(self.ray_url).hostname or ""):
             return
         for name, value in (
@@ -155,6 +174,8 @@ class Line:
     @property
     def serve_url(self) -> str:
         """Where the models answer; a given cluster is taken to serve on its dashboard's host."""
+        if given := self.passed_on.get("RAYLINE_SERVE_URL"):
+            return given.rstrip("/")
         host = self.host if self.ray_url is None else urlsplit(self.ray_url).hostname
         return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{self.ports['http']}"
 
@@ -191,6 +212,7 @@ class Line:
             "RAYLINE_GRPC_PORT": str(self.ports["grpc"]),
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
             **self._watch_env(),
+            **self.passed_on,
         }
 
     def _watch_env(self) -> dict[str, str]:

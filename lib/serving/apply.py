@@ -78,6 +78,8 @@ def describe(traffic: ModelTraffic) -> str:
 
 def serve_url(settings: Settings) -> str:
     """Return where the models answer."""
+    if settings.serve_url:
+        return settings.serve_url
     host = "127.0.0.1" if settings.http_host == "0.0.0.0" else settings.http_host
     return f"http://{host}:{settings.http_port}"
 

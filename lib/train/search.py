@@ -190,7 +190,7 @@ def _run(
                 f"{len(progress.interrupted())} go on")  # fmt: skip
         else:
             say("tune", f"sweep {sweep.run_id}: {study.num_trials} trials")
-        session = Session(storage, folder, experiment, work, progress, study, desk, feed)
+        session = Session(settings, storage, folder, experiment, work, progress, study, desk, feed)
         if not progress.closed:
             session.run(experiment.time_budget_s - spent_s)
             progress.add(CLOSED, durable=True)

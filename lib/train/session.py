@@ -15,6 +15,7 @@ import pyarrow.fs as fs
 from ray import tune
 
 from lib.cli import progress as say
+from lib.config import Settings
 from lib.errors import SearchError
 from lib.registry.tracking import SweepRecord, SweepRun
 from lib.storage import Storage
@@ -40,6 +41,7 @@ class Session:
 
     def __init__(
         self,
+        settings: Settings,
         storage: Storage,
         folder: str,
         experiment: Experiment,
@@ -49,6 +51,7 @@ class Session:
         desk: Desk,
         feed: Feed,
     ) -> None:
+        self._settings = settings
         self._storage = storage
         self._folder = folder
         self._experiment = experiment
@@ -62,7 +65,7 @@ class Session:
         """Run trials until all have ended or a limit is met."""
         experiment, work, progress = self._experiment, self._work, self._progress
         start_s = time.monotonic()
-        resources = work.resources()
+        resources = work.resources(self._settings)
         say("tune", resources.describe())
         shared = work.shared(resources)
         # One more than there is room for, where resources keep it waiting: no slot is ever idle.

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from lib.cli import progress
-from lib.config import Preset
+from lib.config import Preset, Settings
 from lib.data.loader import Split, read_splits
 from lib.data.manifest import Manifest, load_manifest
 from lib.errors import SearchError
@@ -36,7 +36,7 @@ class Work:
     trainable: type[SweepTrial]
     shared: Callable[[TrialResources], Mapping[str, Any]]
     """Returns what `SweepTrial.prepare` gets; called once a driver, it may take its time."""
-    resources: Callable[[], TrialResources] = partial(trial_resources, 0.0)
+    resources: Callable[[Settings], TrialResources] = partial(trial_resources, 0.0)
     """Returns what a trial takes of the cluster; called once a driver."""
     rungs: tuple[int, ...] = ()
     """Epochs at which trials are comparable, the last one their end; none: at every report."""

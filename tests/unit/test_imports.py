@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PURE = (
     "lib.config",
     "lib.errors",
+    "lib.secrets",
+    "lib.selector",
+    "lib.line.listeners",
     "lib.storage",
     "lib.steps",
     "lib.tables",
