@@ -60,8 +60,6 @@ class Manifest:
     shards: tuple[Shard, ...]
     seed: int
     """Seed of the validation split (and of test, where the source has none)."""
-    parent: str | None = None
-    """Digest of the data set that this one was made of by adding rows."""
     format_version: int = 1
     parent: str | None = None
     """Digest of the data set that this one extends."""

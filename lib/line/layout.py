@@ -20,8 +20,8 @@ from lib.config import MAX_BODY_BYTES, MLFLOW_SECRETS, STORAGE_SECRETS
 from lib.errors import ConfigError, LineError
 from lib.line.ports import RANGE_SIZE, read_ports, variable
 from lib.line.processes import LINE_VARIABLE, PART_VARIABLE
-from lib.watch.dashboards import embedding
 from lib.secrets import refuse_password
+from lib.watch.dashboards import embedding
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 PRIVATE = {

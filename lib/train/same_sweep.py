@@ -12,7 +12,8 @@ from lib.config import Settings
 from lib.errors import RegistryError, SearchError
 from lib.storage import Storage
 from lib.train.experiment import Experiment
-from lib.train.search import SweepResult, resume_sweep
+from lib.train.result import SweepResult
+from lib.train.search import resume_sweep
 from lib.train.work import Work
 
 _CLOSED = b'"event": "closed"'

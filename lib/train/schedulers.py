@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from ray import tune
@@ -212,7 +212,7 @@ def build_scheduler(
         inner = MedianStoppingRule(
             **common,
             # Never pause a trial until others catch up: a command would have to start again.
-            min_time_slice=math.inf,
+            min_time_slice=cast(int, math.inf),
             **{"grace_period": 1, **arguments},
         )
     elif named.name == "pbt":

@@ -53,7 +53,15 @@ def last_json(output: str) -> Any:
 
 
 def test_up_says_what_it_did_and_where_everything_is(line: LiveLine) -> None:
-    for expected in ("champion", "on test", "predict", "console", "Ray dashboard", "MLflow", "curl"):
+    for expected in (
+        "champion",
+        "on test",
+        "predict",
+        "console",
+        "Ray dashboard",
+        "MLflow",
+        "curl",
+    ):
         assert expected in line.up_output
     curl = next(text.strip() for text in line.up_output.splitlines() if text.strip()[:5] == "curl ")
     pasted = subprocess.run(["bash", "-c", f"{curl} --fail -s"], capture_output=True, check=True)
