@@ -29,7 +29,7 @@ from lib.cli import progress
 from lib.config import Settings
 from lib.errors import RegistryError
 from lib.registry.fetch import download_model
-from lib.registry.models import Version, survey
+from lib.registry.models import Version, logged_model_id, survey
 from lib.registry.server import connect, download, explained
 from lib.serving.keys import KEYS_FILE
 from lib.storage import Storage
@@ -74,6 +74,7 @@ def backup(
         "sha256": {path.relative_to(partial).as_posix(): sha256(path) for path in files},
     }
     (partial / INDEX_FILE).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+    num_bytes = sum(path.stat().st_size for path in files)
     if folder.exists():
         folder.rmdir()
     partial.rename(folder)
@@ -86,7 +87,7 @@ def backup(
         },
         "runs": len(registry["runs"]),
         "storage_files": copied,
-        "bytes": sum(path.stat().st_size for path in files),
+        "bytes": num_bytes,
         "with_data": with_data,
         "with_keys": with_keys,
         "notes": writer.notes,
@@ -162,7 +163,8 @@ class _Writer:
         download_model(self.settings, version, place).rename(target)
         shutil.rmtree(place, ignore_errors=True)
         progress("backup", f"{version.name} version {version.version}")
-        logged = self.client.get_logged_model(found.model_id) if found.model_id else None
+        model_id = logged_model_id(found)
+        logged = self.client.get_logged_model(model_id) if model_id else None
         return {
             "version": version.version,
             "description": found.description,

@@ -18,6 +18,7 @@ from mlflow.entities import Experiment, LoggedModel, Run
 from lib.cli import progress
 from lib.config import Settings
 from lib.errors import RaylineError, ServingError
+from lib.registry.models import logged_model_id
 from lib.registry.publish import MODEL_NAME_TAG
 from lib.registry.removal import artifact_bytes, remove_artifacts, remove_folder, remove_model
 from lib.registry.server import connect, explained
@@ -67,7 +68,7 @@ class Collector:
             experiments = _pages(self.client.search_experiments)
             versions = _pages(self.client.search_model_versions)
             found = [
-                *self._logged_models(experiments, {version.model_id for version in versions}),
+                *self._logged_models(experiments, {logged_model_id(v) for v in versions}),
                 *self._checkpoints(experiments, {version.run_id for version in versions}),
                 *self._sweep_state(),
                 *self._half_written(),

@@ -257,6 +257,15 @@ def ensure_bundle(settings: Settings, storage: Storage, version: Version) -> str
     return write_bundle(storage, Card.from_json(content), onnx, pt2[0] if pt2 else None)
 
 
+def logged_model_id(version: ModelVersion) -> str | None:
+    """Return the id of the logged model that a version was made of.
+
+    MLflow's SQL store takes a version's `model_id` and does not keep it; the source says it too.
+    """
+    kind, _, model_id = str(version.source).partition("models:/")
+    return version.model_id or (model_id if not kind and model_id.startswith("m-") else None)
+
+
 def model_location(client: MlflowClient, name: str, version: int) -> str:
     """Return the URI of the folder in which MLflow keeps a version's files."""
     source = str(client.get_model_version_download_uri(name, str(version)))

@@ -17,6 +17,7 @@ from lib.registry.models import (
     CHAMPION,
     READY_TAG,
     Version,
+    logged_model_id,
     model_location,
     resolve,
 )
@@ -39,7 +40,8 @@ def delete(
     client = connect(settings)
     bundle = storage.list(version.bundle)
     with explained(settings, f"deleting version {version.version}"):
-        model_id = client.get_model_version(version.name, str(version.version)).model_id
+        found = client.get_model_version(version.name, str(version.version))
+        model_id = logged_model_id(found)
         location = _location(client, version)
         result = {
             "version": version.version,

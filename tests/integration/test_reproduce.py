@@ -29,8 +29,10 @@ from lib.registry.registration import register
 from lib.registry.reproduce import How, reproduce
 from lib.registry.verdict import DIFFERS, IDENTICAL
 from lib.storage import Storage
+from lib.train.presets import preset_experiment
 from lib.train.search import run_sweep
 from lib.train.trial import Trial
+from lib.train.work import image_work
 from tests.data_sources import idx_files, write_files
 
 PROJECT = Path(__file__).parents[2]
@@ -93,7 +95,9 @@ def recorded(
     settings = Settings(storage=storage.uri, mlflow_uri=mlflow_server, model="reproduced")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(provenance.VARIABLE, provenance.collect(checkout).encode())
-        sweep = run_sweep(settings, storage, manifest, PRESET)
+        experiment = preset_experiment(PRESET)
+        work = image_work(storage, manifest, PRESET, experiment)
+        sweep = run_sweep(settings, storage, experiment, work)
     version = register(settings, storage, manifest, sweep.sweep_run_id, num_versions=1)[0]
     return Recorded(settings=settings, storage=storage, version=version, checkout=checkout)
 
@@ -187,22 +191,23 @@ def test_weights_of_another_trial_are_no_result_of_a_configuration(
     manifest = load_manifest(recorded.storage, recorded.version.data_digest)
     splits = read_splits(recorded.storage, manifest, ["train", "val"])
     trial = Trial.__new__(Trial)
-    params = {"stage_width": 8, "depth": 1, "weight_decay": 5e-4, "label_smoothing": 0.1}
+    trial.prepare(manifest=manifest, splits=splits, rungs=(2,))
+    params = {"stage_width": 8, "depth": 1, "growth": 4, "augmentation": 0.5}
+    params |= {"weight_decay": 5e-4, "label_smoothing": 0.1}
 
-    def checkpoint(name: str, learning_rate: float, start: Path | None) -> Path:
-        config = {**params, "augmentation": 0.5, "learning_rate": learning_rate}
-        trial.setup(config, manifest=manifest, splits=splits, rungs=(2,))
+    def kept(name: str, learning_rate: float, start: bytes | None) -> tuple[Path, bytes]:
+        trial.begin({**params, "learning_rate": learning_rate})
         if start:
-            trial.load_checkpoint(str(start))
-        (tmp_path / name).mkdir()
-        trial.save_checkpoint(str(tmp_path / name))
-        return tmp_path / name
+            trial.load(start)
+        file = tmp_path / f"{name}.pt"
+        file.write_bytes(trial.artifacts(True)["model.pt"])
+        return file, trial.state()
 
-    own = checkpoint("own", 0.1, None)
-    resumed = checkpoint("resumed", 0.1, own)
-    child = checkpoint("child", 0.2, own)
-    grandchild = checkpoint("grandchild", 0.2, child)
-    files = [folder / "model.pt" for folder in (own, resumed, child, grandchild)]
+    own, own_state = kept("own", 0.1, None)
+    resumed, _ = kept("resumed", 0.1, own_state)
+    child, child_state = kept("child", 0.2, own_state)
+    grandchild, _ = kept("grandchild", 0.2, child_state)
+    files = [own, resumed, child, grandchild]
     inherited = [torch.load(file, weights_only=True)["inherited"] for file in files]
     assert inherited == [False, False, True, True]
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from lib.config import Settings
 from lib.errors import SearchError
 from lib.registry.tracking import SweepRecord, SweepRun
 from lib.storage import Storage
@@ -105,7 +106,8 @@ def end(folder: Path, ends: Sequence[str], *, limit: int | None = None, draw: bo
         manifest=cast(Any, SimpleNamespace(class_names=("a", "b"), digest="d", rows=lambda _: 1)),
     )
     feed = Feed(progress, desk, work.artifacts)
-    session = Session(storage, "sweeps/s", experiment, work, progress, study, desk, feed)
+    settings = Settings(storage=storage.uri, mlflow_uri="http://127.0.0.1:1")
+    session = Session(settings, storage, "sweeps/s", experiment, work, progress, study, desk, feed)
     sweep, record = SweepRun(run_id="s", experiment_id="e", tags={}), Record()
     result: Any
     try:
