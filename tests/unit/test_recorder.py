@@ -202,6 +202,7 @@ def test_a_flush_writes_what_came_in_while_another_one_wrote(
         recorder.close()
         await asyncio.gather(*flushes)
         assert log_of(storage)["request_id"].to_pylist() == [f"r{number}" for number in range(31)]
+        assert counts(recorder) == {"written": 31, "dropped": 0, "without_image": 0}
 
     asyncio.run(scenario())
 
