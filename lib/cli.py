@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from lib.errors import RaylineError
+from lib.errors import RaylineError, RolloutError
 
 _START = time.monotonic()
 
@@ -34,7 +34,11 @@ def run(job: Callable[[], Mapping[str, Any]], *, only_json: bool = False) -> NoR
         sys.stderr.flush()
         said = sys.stderr if only_json else sys.stdout
         print(f"{type(error).__name__}: {error}", file=said, flush=True)
-        print(json.dumps({"error": type(error).__name__, "message": str(error)}), flush=True)
+        details = error.details if isinstance(error, RolloutError) else {}
+        print(
+            json.dumps({**details, "error": type(error).__name__, "message": str(error)}),
+            flush=True,
+        )
         sys.exit(1)
     print(json.dumps(result), flush=True)
     sys.exit(0)

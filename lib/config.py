@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class Settings:
     """RAYLINE_HTTP_PORT: inference port."""
     grpc_port: int = 8001
     """RAYLINE_GRPC_PORT: inference port of gRPC."""
+    log_images: float = 100.0
+    """RAYLINE_LOG_IMAGES: percent of the requests whose images go into the prediction log."""
     ray_address: str = "http://127.0.0.1:8265"
     """RAY_API_SERVER_ADDRESS: Ray dashboard, which takes jobs and the Serve config."""
 
@@ -64,8 +67,25 @@ class Settings:
             http_host=env.get("RAYLINE_HTTP_HOST") or "127.0.0.1",
             http_port=ports["RAYLINE_HTTP_PORT"],
             grpc_port=ports["RAYLINE_GRPC_PORT"],
+            log_images=log_images_percent(env),
             ray_address=env.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265",
         )
+
+
+def log_images_percent(env: Mapping[str, str]) -> float:
+    """Return RAYLINE_LOG_IMAGES, 100 by default.
+
+    All, since only a request with its image can be trained on once its label comes; what a busy
+    line writes is bounded by `lib.watch.recorder`.
+    """
+    given = env.get("RAYLINE_LOG_IMAGES") or "100"
+    try:
+        percent = float(given)
+    except ValueError:
+        percent = math.nan
+    if not 0 <= percent <= 100:
+        raise ConfigError(f"RAYLINE_LOG_IMAGES={given!r} is not a percentage, 0 to 100")
+    return percent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,6 +24,7 @@ from lib.serving.deploy import deploy
 from lib.steps import Step, run_step
 from lib.storage import Storage
 from lib.train.presets import preset_experiment
+from lib.train.same_sweep import resume_same_sweep
 from lib.train.search import run_sweep
 from lib.train.work import image_work
 
@@ -78,7 +79,9 @@ def tune_once(settings: Settings, storage: Storage, manifest: Manifest, preset: 
     def search() -> Mapping[str, Any]:
         experiment = preset_experiment(preset)
         work = image_work(storage, manifest, preset, experiment)
-        found = run_sweep(settings, storage, experiment, work)
+        found = resume_same_sweep(settings, storage, experiment, work)
+        if found is None:
+            found = run_sweep(settings, storage, experiment, work)
         return {"sweep_run_id": found.sweep_run_id, "num_trials": len(found.trials)}
 
     def is_true(result: Mapping[str, Any]) -> bool:

@@ -30,7 +30,7 @@ def read_split(storage: Storage, manifest: Manifest, split: str) -> tuple[Images
     start = 0
     for table in _checked_shards(storage, manifest, split):
         stop = start + table.num_rows
-        images[start:stop] = _rows(table.column("image"), images.shape[1])
+        images[start:stop] = byte_rows(table.column("image"), images.shape[1])
         labels[start:stop] = table.column("label").to_numpy()
         start = stop
     return images.reshape(-1, *manifest.shape), labels
@@ -48,12 +48,12 @@ def check_data(storage: Storage, manifest: Manifest) -> int:
     )
 
 
-def read_shard(storage: Storage, shard: Shard) -> pa.Table:
+def read_shard(storage: Storage, shard: Shard, columns: list[str] | None = None) -> pa.Table:
     """Return a shard's rows; raise DataError if its bytes are not those of the manifest."""
     content = storage.read_buffer(shard.path)
     if hashlib.sha256(content).hexdigest() != shard.sha256:
         raise DataError(f"{shard.path} is damaged: its SHA-256 is not the manifest's")
-    table = pq.read_table(pa.BufferReader(content))
+    table = pq.read_table(pa.BufferReader(content), columns=columns)
     if table.num_rows != shard.rows:
         raise DataError(f"{shard.path} has {table.num_rows} rows, the manifest says {shard.rows}")
     return table
@@ -66,7 +66,7 @@ def _checked_shards(storage: Storage, manifest: Manifest, split: str) -> Iterato
         if shard.split != split:
             continue
         table = read_shard(storage, shard)
-        ids.append(_rows(table.column("row_id"), ROW_ID_BYTES))
+        ids.append(byte_rows(table.column("row_id"), ROW_ID_BYTES))
         labels.append(table.column("label").to_numpy())
         yield table
     found = split_digest(np.concatenate(ids), np.concatenate(labels)) if ids else None
@@ -77,7 +77,7 @@ def _checked_shards(storage: Storage, manifest: Manifest, split: str) -> Iterato
         )
 
 
-def _rows(column: pa.ChunkedArray, width: int) -> Images:
+def byte_rows(column: pa.ChunkedArray, width: int) -> Images:
     """Return a fixed-size binary column as rows of bytes."""
     values = column.combine_chunks()
     start = values.offset * width

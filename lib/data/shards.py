@@ -72,7 +72,7 @@ def process_chunk(storage: Storage, chunk: Chunk) -> ChunkResult:
         # One split is the usual case of test: no copy then.
         pixels = images if chosen.all() else images[chosen]
         content = to_parquet(pixels, chunk.labels[chosen], ids[chosen])
-        shards.append(_store(storage, SPLITS[target], len(pixels), content))
+        shards.append(store_shard(storage, SPLITS[target], len(pixels), content))
     train = images[chunk.targets == TRAIN]
     border = _border_mask(chunk.shape)
     border_pixels = train[:, border]
@@ -108,7 +108,7 @@ class ShardWriter:
 def row_ids(images: Images) -> RowIds:
     """Return the BLAKE2b-128 of every image's pixels, (N, 16): the same image, the same id."""
     blake2b = hashlib.blake2b
-    rows = np.ascontiguousarray(images).reshape(len(images), -1)
+    rows = np.ascontiguousarray(images).reshape(len(images), int(np.prod(images.shape[1:])))
     digests = b"".join([blake2b(row, digest_size=ROW_ID_BYTES).digest() for row in rows])
     return np.frombuffer(digests, dtype=np.uint8).reshape(-1, ROW_ID_BYTES)
 
@@ -151,7 +151,8 @@ def _fixed_size_binary(rows: npt.NDArray[np.uint8]) -> pa.Array:
     )
 
 
-def _store(storage: Storage, split: str, rows: int, content: pa.Buffer) -> Shard:
+def store_shard(storage: Storage, split: str, rows: int, content: pa.Buffer) -> Shard:
+    """Write a shard under the name of its content, unless it is there."""
     sha256 = hashlib.sha256(content).hexdigest()
     path = f"data/shards/{sha256[:32]}.parquet"
     # Named by content: a shard that is there is this one, of this ingest or an interrupted one.

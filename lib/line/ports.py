@@ -59,6 +59,7 @@ _PLACES = {
     "RAY_API_SERVER_ADDRESS": "a Ray cluster that is up, instead of starting one",
     "MLFLOW_TRACKING_URI": "an MLflow server that is up, instead of starting one",
     "RAYLINE_HTTP_HOST": "address that the inference port binds (127.0.0.1)",
+    "RAYLINE_LOG_IMAGES": "percent of requests whose images are logged; at the head's start (100)",
     "RAYLINE_MODEL": "name of the model (digits, or after the folder)",
     "RAYLINE_NUM_CPUS": "cores that Ray gives out (all)",
     "RAYLINE_NUM_GPUS": "GPUs that Ray gives out (all)",

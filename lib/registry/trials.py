@@ -77,6 +77,11 @@ def finished_runs(client: MlflowClient, model: str) -> list[Run]:
     return [run for run in runs if "val_accuracy" in run.data.metrics]
 
 
+def child_runs(client: MlflowClient, sweep_run_id: str) -> list[Run]:
+    """Return the runs of all trials of a sweep, whatever became of them."""
+    return _children(client, _sweep_run(client, sweep_run_id))
+
+
 def _trial(run: Run, sweep: Run) -> Trial:
     tags = {**sweep.data.tags, **run.data.tags}
     return Trial(

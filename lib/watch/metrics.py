@@ -38,7 +38,13 @@ SHADOWED = Metric(
     ("model", "version", "result"),
     "Copies of requests, by what became of them: agreed, disagreed, dropped or failed.",
 )
-COUNTERS = (REQUESTS, LATENCY_BUCKET, LATENCY_SUM, SHADOWED)
+LOGGED = Metric(
+    "rayline_logged_predictions",
+    ("result",),
+    "Rows of the prediction log, by what became of them: written, dropped since storage was too "
+    "slow or full, or kept without_image for the same reason.",
+)
+COUNTERS = (REQUESTS, LATENCY_BUCKET, LATENCY_SUM, SHADOWED, LOGGED)
 
 
 def le(bound_s: float) -> str:

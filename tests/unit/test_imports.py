@@ -37,6 +37,18 @@ PURE = (
     "lib.serving.bundle",
     "lib.serving.record",
     "lib.watch.metrics",
+    "lib.watch.features",
+    "lib.watch.segments",
+    "lib.watch.labels",
+    "lib.watch.predictions",
+    "lib.watch.answers",
+    "lib.watch.recorder",
+    "lib.watch.betting",
+    "lib.watch.gates",
+    "lib.watch.evidence",
+    "lib.watch.replay",
+    "lib.watch.logged",
+    "lib.watch.rollout",
 )
 IMPURE = {"ray", "mlflow", "requests", "aiohttp", "httpx", "http", "urllib", "fastapi", "starlette"}
 
