@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from lib.data.manifest import Manifest
 from lib.storage import Storage
-from lib.watch import memory
+from lib.watch import memory, predictions
 from lib.watch.display import show, summary
 from lib.watch.monitor import Monitor
+from lib.watch.segments import Segments, by_span
 from lib.watch.sequence import BLOCK
 from lib.watch.triggers import Rules
 from lib.watch.windows import Cutting
@@ -257,6 +259,25 @@ def test_what_a_disk_did_to_the_newest_file_is_survived(line: Line) -> None:
     Path(line.storage.path(line.history()[-1])).write_bytes(b'{"half": ')
     Path(line.storage.path(memory.state_path("digits"))).unlink()
     assert line.monitor().look()["drift"]["evidence"]["windows"] == 1
+
+
+def test_it_reads_the_log_that_gateways_write(line: Line) -> None:
+    images = inverted(usual(0, 300))
+    line.ask(images)
+    rows = line.log.rows
+    fill = {"caller": "anyone", "latency_ms": 2.0, "status": 200, "image": None}
+    table = pa.Table.from_pylist([{**row, **fill} for row in rows.to_pylist()], predictions.SCHEMA)
+    root = predictions.predictions_root("digits")
+    segments = Segments(line.storage, root, max_rows=10_000, dictionary=["caller"])
+    for part in by_span(table):
+        segments.append(part)
+    line.later()
+    monitor = line.monitor()
+    monitor.log = predictions
+    state = monitor.look()
+    assert state["paused"] == {}
+    assert (state["rows"], state["versions"]["1"]["labels"]) == (300, 0)
+    assert state["drift"]["alarm"]
 
 
 def test_killed_at_any_point_it_goes_on_where_it_was(line: Line) -> None:
