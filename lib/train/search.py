@@ -163,7 +163,7 @@ def _run(
     settings: Settings, storage: Storage, sweep: SweepRun, experiment: Experiment, work: Work
 ) -> SweepResult:
     folder = f"sweeps/{sweep.run_id}"
-    with Journal(storage, folder) as journal:
+    with Journal(storage, folder) as journal, Gauges() as gauges:
         resumed = bool(journal.events)
         progress = Progress(journal, experiment)
         study = Study(experiment)
@@ -188,8 +188,8 @@ def _run(
             look_up=resumed,
         )
         feed.start(record, journal.events)
-        gauges = SweepGauges(Gauges(), sweep.run_id, experiment.objective, progress)
-        progress.listeners.append(gauges.noted)
+        reported = SweepGauges(gauges, sweep.run_id, experiment.objective, progress)
+        progress.listeners.append(reported.noted)
         journal.events = []
         if resumed:
             ended = len(progress.trials) - len(progress.interrupted())

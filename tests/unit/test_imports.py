@@ -38,6 +38,7 @@ PURE = (
     "lib.serving.record",
     "lib.watch.metrics",
     "lib.watch.counts",
+    "lib.watch.reported",
     "lib.watch.panels",
     "lib.watch.dashboards",
     "lib.watch.alerts",
