@@ -10,13 +10,21 @@ from typing import Any, ClassVar
 import pytest
 
 from lib.storage import Storage
+from lib.train.experiment import DOUBLE, MAXIMIZE, Experiment, Named, Objective, Parameter
 from lib.train.gauges import SweepGauges
 from lib.train.journal import Journal
 from lib.train.progress import ASKED, ENDED, FAILED, FINISHED, REPORTED, SESSION, Progress
 from lib.watch import metrics, reported
 from lib.watch.gauges import Gauges
 from tests.e2e.clients import until
-from tests.unit.test_search_parts import EXPERIMENT
+
+EXPERIMENT = Experiment(
+    name="reported",
+    objectives=(Objective(metric="score", goal=MAXIMIZE),),
+    parameters=(Parameter(name="x", kind=DOUBLE, low=0.0, high=1.0),),
+    algorithm=Named("random"),
+    num_trials=3,
+)
 
 
 class RayGauge:
