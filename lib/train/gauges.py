@@ -40,10 +40,13 @@ class SweepGauges:
             "running" if t.ended is None else "failed" if t.ended == FAILED else "done"
             for t in trials
         )
-        for state in ("running", "done", "failed"):
-            self._gauges.set(SWEEP_TRIALS, states[state], self._sweep, state)
-        self._gauges.set(SWEEP_IMAGES_PER_S, sum(self._speeds.values()), self._sweep)
+        values = {
+            (SWEEP_TRIALS, (self._sweep, state)): float(states[state])
+            for state in ("running", "done", "failed")
+        }
+        values[SWEEP_IMAGES_PER_S, (self._sweep,)] = sum(self._speeds.values())
         best = self._progress.best
         if best is not None:
             metric = self._objective.metric
-            self._gauges.set(SWEEP_BEST, best.best[metric], self._sweep, metric)
+            values[SWEEP_BEST, (self._sweep, metric)] = best.best[metric]
+        self._gauges.update(values)

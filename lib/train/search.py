@@ -154,7 +154,7 @@ def _run(
     reopen: bool = False,
 ) -> SweepResult:
     folder = _folder(sweep.run_id)
-    with Journal(storage, folder) as journal:
+    with Journal(storage, folder) as journal, Gauges() as gauges:
         resumed = bool(journal.events)
         progress = Progress(journal, experiment)
         study = Study(experiment)
@@ -181,8 +181,8 @@ def _run(
             look_up=resumed,
         )
         feed.start(record, journal.events)
-        gauges = SweepGauges(Gauges(), sweep.run_id, experiment.objective, progress)
-        progress.listeners.append(gauges.noted)
+        reported = SweepGauges(gauges, sweep.run_id, experiment.objective, progress)
+        progress.listeners.append(reported.noted)
         journal.events = []
         if resumed:
             ended = len(progress.trials) - len(progress.interrupted())

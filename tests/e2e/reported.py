@@ -5,19 +5,16 @@ python -m tests.e2e.reported MODEL VERSION
 
 from __future__ import annotations
 
-import logging
 import sys
 
-import ray
-
 from lib.watch import metrics
-from lib.watch.gauges import Gauges
+from lib.watch.gauges import connect
 
 
 def main() -> None:
     model, version = sys.argv[1:]
-    ray.init(logging_level=logging.WARNING, log_to_driver=False)
-    gauges = Gauges()
+    gauges = connect()
+    assert gauges is not None
     known = {"model": model, "version": version, "state": "canary", "kind": "inputs"}
     for metric in metrics.GAUGES:
         gauges.set(metric, 1.0, *(known.get(label, label) for label in metric.labels))
@@ -28,6 +25,7 @@ def main() -> None:
     gauges.set(metrics.SWEEP_TRIALS, 0.0, "sweep", "failed")
     print("reported", flush=True)
     sys.stdin.read()
+    gauges.close()
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ PURE = (
     "lib.watch.answers",
     "lib.watch.recorder",
     "lib.watch.counts",
+    "lib.watch.reported",
     "lib.watch.panels",
     "lib.watch.dashboards",
     "lib.watch.alerts",
