@@ -16,7 +16,7 @@ from typing import Any
 from websockets.sync.client import ClientConnection, connect
 
 START_S = 40.0
-WAIT_S = 15.0
+WAIT_S = 30.0
 _UNTIL = """
 new Promise((resolve, reject) => {
   const end = performance.now() + %d;
