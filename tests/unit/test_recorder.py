@@ -206,7 +206,10 @@ def test_a_flush_writes_what_came_in_while_another_one_wrote(
     asyncio.run(scenario())
 
 
-def test_the_share_of_images_is_drawn_by_the_request_id(tmp_path: Path) -> None:
+def test_the_share_of_images_is_drawn_by_the_request_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorders, "FEATURE_ROWS", 1000)
     chosen = []
     for name in ("a", "b"):
         storage = Storage(str(tmp_path / name))
