@@ -293,9 +293,7 @@ def _finding(
     **seen: Any,
 ) -> Finding:
     # The newest of each: what was seen in an order that later labels change counts as a whole.
-    worse_now, not_worse_now = (
-        float(path[-1]) if len(path) else 0.0 for path in (worse, not_worse)
-    )
+    worse_now, not_worse_now = _last(worse), _last(not_worse)
     enough_to_stop, enough_to_pass = enough(name, limits, num_stages), math.log(1 / limits.beta)
     verdict = Outcome.WAIT
     if worse_now >= enough_to_stop:
