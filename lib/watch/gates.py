@@ -181,13 +181,25 @@ def judge(
     return _together(findings, evidence.requests, min_requests)
 
 
-def judge_replay(accuracy: Paired, disagreement: Paired, limits: Limits) -> Verdict:
-    """Return the verdict on logged requests: only a breach stops, there is nothing to wait for."""
-    has_labels = len(accuracy.harm) >= limits.min_labels
-    found = _accuracy(accuracy, limits) if has_labels else _disagreement(disagreement, limits)
+def judge_replay(
+    accuracy: Paired, disagreement: Paired, limits: Limits, *, expects_labels: bool = False
+) -> Verdict:
+    """Return the verdict on logged requests: only a breach stops, there is nothing to wait for.
+
+    Where labels are expected, and these requests have too few of them yet, nothing is said.
+    """
+    if len(accuracy.harm) >= limits.min_labels:
+        found = _accuracy(accuracy, limits)
+    elif expects_labels:
+        reason = f"{len(disagreement.harm)} requests answered; their labels are yet to come"
+        return Verdict(outcome=Outcome.PASS, reason=reason)
+    else:
+        found = _disagreement(disagreement, limits)
     if found.verdict is Outcome.BREACH:
         return _together([found], 0, 0)
-    return Verdict(outcome=Outcome.PASS, reason=found.describe(), findings=(found,))
+    # It may well wait for more, which only live requests can give.
+    reason = f"{found.name}: nothing against it in {found.samples} logged requests"
+    return Verdict(outcome=Outcome.PASS, reason=reason, findings=(found,))
 
 
 def _together(findings: list[Finding], requests: int, min_requests: int) -> Verdict:
@@ -281,9 +293,7 @@ def _finding(
     **seen: Any,
 ) -> Finding:
     # The newest of each: what was seen in an order that later labels change counts as a whole.
-    worse_now, not_worse_now = (
-        float(path[-1]) if len(path) else 0.0 for path in (worse, not_worse)
-    )
+    worse_now, not_worse_now = _last(worse), _last(not_worse)
     enough_to_stop, enough_to_pass = enough(name, limits, num_stages), math.log(1 / limits.beta)
     verdict = Outcome.WAIT
     if worse_now >= enough_to_stop:

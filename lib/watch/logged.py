@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +16,10 @@ from lib.watch.evidence import COLUMNS
 from lib.watch.replay import Logged
 
 MAX_IMAGES = 2000
-WINDOWS_S = (600, 3600, 6 * 3600, 24 * 3600, 72 * 3600)
+WINDOWS_S = (30, 180, 900, 3600, 6 * 3600, 24 * 3600, 72 * 3600)
 """How far back it is looked, as far as it takes to find so many."""
+LABELS_SINCE_S = 24 * 3600
+"""Where labels came in this time, they are to be expected."""
 _IMAGE_COLUMNS = ("version", "shadow", "predicted", "image")
 
 
@@ -42,18 +44,32 @@ def read_logged(storage: Storage, model: str, card: Card, *, now_us: int) -> Log
     table = pa.concat_tables(rows[::-1])
     table = table.slice(max(0, table.num_rows - MAX_IMAGES))
     pixels = b"".join(table["image"].to_pylist())
+    labels = _read(
+        lambda: predictions.read_labels(
+            storage, model, start_us=now_us - LABELS_SINCE_S * 10**6, end_us=now_us
+        )
+    )
     return Logged(
         images_NHWC=np.frombuffer(pixels, np.uint8).reshape(-1, *card.shape),
         champion_N=table["predicted"].to_numpy().astype(np.int64),
         label_N=pc.fill_null(table["label"], -1).to_numpy().astype(np.int64),
+        num_recent_labels=labels.num_rows,
     )
 
 
 def _joined(
     storage: Storage, model: str, start_us: int, end_us: int, columns: Sequence[str]
 ) -> pa.Table:
+    return _read(
+        lambda: predictions.joined(
+            storage, model, start_us=start_us, end_us=end_us, columns=columns
+        )
+    )
+
+
+def _read(read: Callable[[], pa.Table]) -> pa.Table:
     try:
-        return predictions.joined(storage, model, start_us=start_us, end_us=end_us, columns=columns)
+        return read()
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"the prediction log can't be read: {error}") from error
 

@@ -26,6 +26,8 @@ class Logged:
     """Numbers of classes."""
     label_N: npt.NDArray[np.int64]
     """True ones; -1 where unknown."""
+    num_recent_labels: int = 0
+    """That came in lately, for whichever requests."""
 
 
 def replay(
@@ -78,6 +80,7 @@ def answer_again(predictor: Predictor, logged: Logged, limits: Limits) -> Replay
     ours_N, known = np.concatenate(answers), logged.label_N >= 0
     right, standing = ours_N == logged.label_N, logged.champion_N == logged.label_N
     differs = (ours_N != logged.champion_N).astype(np.float64)
+    expects_labels = max(int(known.sum()), logged.num_recent_labels) >= limits.min_labels
     verdict = judge_replay(
         Paired(
             harm=standing[known].astype(np.float64) - right[known],
@@ -86,8 +89,9 @@ def answer_again(predictor: Predictor, logged: Logged, limits: Limits) -> Replay
         ),
         Paired(harm=differs, candidate=_mean(differs), champion=0.0),
         limits,
+        expects_labels=expects_labels,
     )
-    return Replayed(verdict=verdict, expects_labels=int(known.sum()) >= limits.min_labels)
+    return Replayed(verdict=verdict, expects_labels=expects_labels)
 
 
 def _refused(reason: str) -> Replayed:

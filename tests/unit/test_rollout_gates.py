@@ -289,3 +289,5 @@ def test_a_replay_goes_by_labels_where_there_are_enough() -> None:
     assert found.outcome is Outcome.BREACH
     assert found.findings[0].name == ACCURACY
     assert judge_replay(NOTHING, NOTHING, LIMITS).outcome is Outcome.PASS
+    # A model for changed data disagrees, and its labels only come later.
+    assert judge_replay(few, much, LIMITS, expects_labels=True).outcome is Outcome.PASS

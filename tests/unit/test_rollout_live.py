@@ -148,7 +148,7 @@ def test_an_equal_candidate_is_replayed_shadowed_served_and_promoted(storage: St
     assert ended.status == states.PROMOTED
     assert line.traffic().champion == CANDIDATE
     replayed = next(e for e in ended.history if (e["stage"], e["status"]) == ("replay", "passed"))
-    assert "500 samples" in replayed["reason"]
+    assert "in 500 logged requests" in replayed["reason"]
     assert line.noted == ["promoted"]
     assert states.past(storage, MODEL) == [states.load(storage, MODEL)]
 
