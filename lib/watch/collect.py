@@ -55,7 +55,7 @@ def collect(
         policies=policies_of(storage, settings.model),
         watch=json_at(storage, f"watch/{settings.model}/state.json"),
         rollouts=rollouts_of(storage, settings.model),
-        retrains=_alljson_at(storage, f"retrains/{settings.model}"),
+        retrains=all_json(storage, f"retrains/{settings.model}"),
         requests=logged_requests(storage, settings.model, version.version, now_s, read_log),
         attested={
             Path(path).stem: storage.readjson_at(path)

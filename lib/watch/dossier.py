@@ -101,7 +101,7 @@ def policies_of(storage: Storage, model: str) -> list[dict[str, Any]]:
 
 def rollouts_of(storage: Storage, model: str) -> list[dict[str, Any]]:
     """Return a model's rollouts, oldest first; the last one may be under way."""
-    found = _alljson_at(storage, f"rollouts/{model}/history")
+    found = all_json(storage, f"rollouts/{model}/history")
     newest = json_at(storage, f"rollouts/{model}/state.json")
     if newest and newest.get("id") not in {rollout.get("id") for rollout in found}:
         found.append(newest)
@@ -224,7 +224,7 @@ def json_at(storage: Storage, path: str) -> dict[str, Any]:
     return dict(storage.readjson_at(path)) if storage.exists(path) else {}
 
 
-def _alljson_at(storage: Storage, folder: str) -> list[dict[str, Any]]:
+def all_json(storage: Storage, folder: str) -> list[dict[str, Any]]:
     """Return the JSON files right below a folder, by name; `name` tells them apart."""
     return [
         {"name": Path(path).stem, **storage.readjson_at(path)}
