@@ -16,6 +16,7 @@ from lib.watch.dossier import (
     ATTESTED,
     Dossier,
     ReadLog,
+    all_json,
     ci_text,
     json_at,
     logged_requests,
@@ -47,7 +48,7 @@ def collect(
         evaluation=evaluation_of(settings, version),
         trials=trials_of(settings, version.sweep_run_id),
         versions=sorted(
-            (entry.tojson_at() for entry in board.entries if entry.version is not None),
+            (entry.to_json() for entry in board.entries if entry.version is not None),
             key=lambda row: row["version"],
         ),
         manifests=manifests,
@@ -58,7 +59,7 @@ def collect(
         retrains=all_json(storage, f"retrains/{settings.model}"),
         requests=logged_requests(storage, settings.model, version.version, now_s, read_log),
         attested={
-            Path(path).stem: storage.readjson_at(path)
+            Path(path).stem: storage.read_json(path)
             for path in storage.list(f"{ATTESTED}/{settings.model}")
         },
         files=project_files(root),

@@ -74,7 +74,7 @@ class Dossier:
 def attest(storage: Storage, model: str, check: str, *, who: str, note: str) -> str:
     """Put on record that a check was done by hand; return where."""
     path = f"{ATTESTED}/{model}/{check}.json"
-    storage.writejson_at(path, {"who": who, "note": note, "when_s": time.time()})
+    storage.write_json(path, {"who": who, "note": note, "when_s": time.time()})
     return path
 
 
@@ -184,7 +184,7 @@ def manifests_of(storage: Storage, digest: str) -> tuple[list[dict[str, Any]], i
             paths = [storage.path(shard.path) for shard in manifest.shards]
             infos = storage.filesystem.get_file_info(paths)
             num_missing = sum(not info.is_file for info in infos)
-        content = {**manifest.tojson_at(), "num_shards": len(manifest.shards)}
+        content = {**manifest.to_json(), "num_shards": len(manifest.shards)}
         del content["shards"], content["live_shards"]
         found.append(content)
         wanted = manifest.parent
@@ -221,13 +221,13 @@ def _of_shard(storage: Storage, manifest: Manifest, shard: Any) -> list[list[byt
 
 def json_at(storage: Storage, path: str) -> dict[str, Any]:
     """Return a JSON file, empty if there is none."""
-    return dict(storage.readjson_at(path)) if storage.exists(path) else {}
+    return dict(storage.read_json(path)) if storage.exists(path) else {}
 
 
 def all_json(storage: Storage, folder: str) -> list[dict[str, Any]]:
     """Return the JSON files right below a folder, by name; `name` tells them apart."""
     return [
-        {"name": Path(path).stem, **storage.readjson_at(path)}
+        {"name": Path(path).stem, **storage.read_json(path)}
         for path in storage.list(folder)
         if path.endswith(".json")
     ]
