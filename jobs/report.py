@@ -22,7 +22,8 @@ from lib.line.layout import PROJECT_ROOT
 from lib.serving.keys import name_of_caller
 from lib.storage import Storage
 from lib.watch import predictions, scorecard
-from lib.watch.dossier import attest, collect
+from lib.watch.collect import collect
+from lib.watch.dossier import attest
 from lib.watch.report.page import render
 
 

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib.cli import progress
-from lib.config import Settings
 from lib.data.direct import byte_rows, read_shard
 from lib.data.manifest import Manifest, load_manifest
 from lib.errors import DataError, RaylineError, StorageError
@@ -72,52 +71,6 @@ class Dossier:
     """Split → a few images of each class, and the images' shape."""
 
 
-def collect(
-    settings: Settings, storage: Storage, ref: str, *, root: Path, read_log: ReadLog | None
-) -> Dossier:
-    """Look up all that there is about the version that a number or an alias names.
-
-    `root` is the project's folder; without `read_log` the prediction log counts as empty.
-    """
-    # Imported here: MLflow takes seconds, and what reads evidence needs none of it.
-    from lib.registry.inspection import describe
-    from lib.registry.leaderboard import leaderboard
-    from lib.registry.models import resolve
-    from lib.registry.record import evaluation_of, trials_of
-
-    version = resolve(settings, settings.model, ref)
-    progress("report", f"{settings.model} version {version.version}")
-    now_s = time.time()
-    manifests, num_missing = _manifests(storage, version.data_digest)
-    board = leaderboard(settings, storage)
-    return Dossier(
-        model=settings.model,
-        version=version.version,
-        now_s=now_s,
-        facts=describe(settings, storage, str(version.version)),
-        evaluation=evaluation_of(settings, version),
-        trials=trials_of(settings, version.sweep_run_id),
-        versions=sorted(
-            (entry.to_json() for entry in board.entries if entry.version is not None),
-            key=lambda row: row["version"],
-        ),
-        manifests=manifests,
-        num_missing_shards=num_missing,
-        policies=policies_of(storage, settings.model),
-        watch=_json(storage, f"watch/{settings.model}/state.json"),
-        rollouts=rollouts_of(storage, settings.model),
-        retrains=_all_json(storage, f"retrains/{settings.model}"),
-        requests=_requests(storage, settings.model, version.version, now_s, read_log),
-        attested={
-            Path(path).stem: storage.read_json(path)
-            for path in storage.list(f"{ATTESTED}/{settings.model}")
-        },
-        files=project_files(root),
-        ci=ci_text(root),
-        samples=_samples(storage, version.data_digest),
-    )
-
-
 def attest(storage: Storage, model: str, check: str, *, who: str, note: str) -> str:
     """Put on record that a check was done by hand; return where."""
     path = f"{ATTESTED}/{model}/{check}.json"
@@ -148,8 +101,8 @@ def policies_of(storage: Storage, model: str) -> list[dict[str, Any]]:
 
 def rollouts_of(storage: Storage, model: str) -> list[dict[str, Any]]:
     """Return a model's rollouts, oldest first; the last one may be under way."""
-    found = _all_json(storage, f"rollouts/{model}/history")
-    newest = _json(storage, f"rollouts/{model}/state.json")
+    found = all_json(storage, f"rollouts/{model}/history")
+    newest = json_at(storage, f"rollouts/{model}/state.json")
     if newest and newest.get("id") not in {rollout.get("id") for rollout in found}:
         found.append(newest)
     return found
@@ -196,9 +149,10 @@ def requests_of(table: pa.Table, version: int, now_s: float) -> dict[str, Any]:
     return summary
 
 
-def _requests(
+def logged_requests(
     storage: Storage, model: str, version: int, now_s: float, read_log: ReadLog | None
 ) -> Json:
+    """Sum up what a version answered in a week; empty where the log can't be read."""
     if read_log is None:
         return {}
     columns = ["time_us", "version", "shadow", "latency_ms", "status", "probabilities"]
@@ -216,7 +170,8 @@ def _requests(
     return requests_of(table, version, now_s)
 
 
-def _manifests(storage: Storage, digest: str) -> tuple[list[dict[str, Any]], int]:
+def manifests_of(storage: Storage, digest: str) -> tuple[list[dict[str, Any]], int]:
+    """Return a data set's manifest and those of its ancestors, and how many shards it lacks."""
     found: list[dict[str, Any]] = []
     num_missing = 0
     wanted: str | None = digest
@@ -236,7 +191,7 @@ def _manifests(storage: Storage, digest: str) -> tuple[list[dict[str, Any]], int
     return found, num_missing
 
 
-def _samples(storage: Storage, digest: str) -> dict[str, Any]:
+def samples_of(storage: Storage, digest: str) -> dict[str, Any]:
     """Return a few images of each class from the first shard of train and of live requests."""
     try:
         manifest = load_manifest(storage, digest)
@@ -264,11 +219,12 @@ def _of_shard(storage: Storage, manifest: Manifest, shard: Any) -> list[list[byt
     ]
 
 
-def _json(storage: Storage, path: str) -> dict[str, Any]:
+def json_at(storage: Storage, path: str) -> dict[str, Any]:
+    """Return a JSON file, empty if there is none."""
     return dict(storage.read_json(path)) if storage.exists(path) else {}
 
 
-def _all_json(storage: Storage, folder: str) -> list[dict[str, Any]]:
+def all_json(storage: Storage, folder: str) -> list[dict[str, Any]]:
     """Return the JSON files right below a folder, by name; `name` tells them apart."""
     return [
         {"name": Path(path).stem, **storage.read_json(path)}

@@ -287,7 +287,9 @@ def test_all_that_is_known_and_what_differs(shelf: Shelf, models: Any) -> None:
     assert differs["data"] == differs["code"] == differs["packages"] == {}
     change = resolve(shelf.settings, MODEL, "4").val_accuracy - version.val_accuracy
     # What is the same in both is not named.
-    assert differs["metrics"].get("val_accuracy", {"change": 0.0})["change"] == pytest.approx(change)
+    assert differs["metrics"].get("val_accuracy", {"change": 0.0})["change"] == pytest.approx(
+        change
+    )
     assert differs["metrics"]
     _, unknown = models("show", "17", code=1)
     assert "no version '17'" in unknown["message"]
