@@ -75,7 +75,7 @@ step() {
 # Comments out, continued lines together.
 while IFS= read -r line; do
   say "$line"
-  [ -n "$dry" ] || step "$line"
+  [ -n "$dry" ] || step "$line" </dev/null
 done < <(grep -Ev '^ *#|^$' deploy/Dockerfile | sed -e ':a' -e '/\\$/{N;s/ *\\\n */ /;ta' -e '}')
 [ -n "$dry" ] && exit 0
 

@@ -24,7 +24,7 @@ TOKEN = "Ray's token"
 KEYS = "API keys, once there is one"
 READ_ONLY = "none: numbers, read only"
 MACHINE = "none: whoever has an account on this machine"
-GATEWAYS = "refuses all but gateways"
+REPLICAS = "gateways: API keys; versions: nobody"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ LISTENERS: dict[str, Listener] = {
     "mlflow": Listener(LOOPBACK, MACHINE),
     "prometheus": Listener(LOOPBACK, MACHINE),
     "ray": Listener(ALL, TOKEN),
-    "ray_client": Listener(ALL, TOKEN),
-    "agent": Listener(ALL, TOKEN),
+    "ray_client": Listener(NODE, TOKEN),
+    "agent": Listener(NODE, TOKEN),
     "ray_metrics": Listener(ALL, READ_ONLY),
     "autoscaler_metrics": Listener(ALL, READ_ONLY),
     "dashboard_metrics": Listener(ALL, READ_ONLY),
@@ -51,14 +51,15 @@ LISTENERS: dict[str, Listener] = {
     "haproxy_metrics": Listener(ALL, READ_ONLY),
     "fallback": Listener(SETTING, KEYS),
     "fallback_grpc": Listener(ALL, KEYS),
-    "replicas": Listener(SETTING, GATEWAYS),
-    "replicas_grpc": Listener(ALL, GATEWAYS),
+    "replicas": Listener(SETTING, REPLICAS),
+    "replicas_grpc": Listener(ALL, REPLICAS),
 }
 """By the names of `lib.line.ports.PORTS`."""
 
 CHOSEN = Listener(ALL, TOKEN)
 """Ports that the system chooses for Ray: raylet, object store, workers, agents."""
-_CHOSEN_FOR = ("raylet", "gcs_server", "ray::", "ray-dashboard-", "dashboard", "runtime_env")
+_CHOSEN_FOR = ("/raylet/raylet ", "/gcs/gcs_server ", "ray::", "ray-dashboard-")
+"""What the command lines of such processes have in them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,27 +81,38 @@ def name_of(port: int, ports: Mapping[str, int]) -> str | None:
     return None
 
 
-def unexpected(sockets: Iterable[Socket], ports: Mapping[str, int], host: str) -> list[str]:
+def unexpected(
+    sockets: Iterable[Socket], ports: Mapping[str, int], *, host: str, node_ip: str
+) -> list[str]:
     """Return a line for each socket that others can reach though the table does not say so.
 
     Args:
         sockets: All that the processes of the line listen on.
         ports: The line's ports, by name.
         host: RAYLINE_HTTP_HOST of the line.
+        node_ip: The address by which Ray's nodes know this one.
     """
     found = []
     for socket in sockets:
-        if ipaddress.ip_address(socket.address.partition("%")[0]).is_loopback:
+        address = _plain(socket.address)
+        if ipaddress.ip_address(address).is_loopback:
             continue
         name = name_of(socket.port, ports)
         if name is None:
             allowed = any(word in socket.process for word in _CHOSEN_FOR)
         else:
-            binds = LISTENERS[name].binds
-            allowed = binds == ALL or (binds == SETTING and host == socket.address)
+            opened = {ALL: address, SETTING: host, NODE: node_ip, LOOPBACK: None}
+            allowed = opened[LISTENERS[name].binds] == address
         if not allowed:
             found.append(f"{socket.address}:{socket.port} ({name or 'unnamed'}): {socket.process}")
     return sorted(found)
+
+
+def _plain(address: str) -> str:
+    """Return an address without zone, and as IPv4 where it is one in IPv6's clothes."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    return str(mapped or ip)
 
 
 def table(ports: Mapping[str, int] | None = None) -> list[tuple[str, str, str, str, str]]:

@@ -36,7 +36,7 @@ def sockets(line: LiveLine) -> list[Socket]:
 def test_nothing_listens_for_others_that_the_table_does_not_name(line: LiveLine) -> None:
     state = Line.from_env(line.env)
     seen = sockets(line)
-    assert unexpected(seen, state.ports, state.host) == []
+    assert unexpected(seen, state.ports, host=state.host, node_ip=state.node_ip) == []
     # Most ports are open, so the scan did look at the right processes.
     names = {name_of(socket.port, state.ports) for socket in seen}
     assert names >= {"http", "grpc", "dashboard", "mlflow", "ray", "agent", "ray_metrics"}

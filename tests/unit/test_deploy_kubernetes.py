@@ -183,6 +183,11 @@ def test_spot_comes_first_and_the_cpu_groups_are_left_alone() -> None:
     assert [group["groupName"] for group in groups] == ["cpu", "trials", "trials-on-demand"]
     cpu, spot, fallback = groups
     assert spot["priority"] > fallback["priority"]
+    # Nobody pays for GPUs while nobody trains; either group alone has what a sweep counts on.
+    env = one(overlay("gpu"), "ConfigMap", "rayline-settings")["data"]
+    for group in (spot, fallback):
+        assert group["replicas"] == group["minReplicas"] == 0
+        assert group["maxReplicas"] >= int(env["RAYLINE_TRIAL_GPUS"])
     markets = [group["labels"]["ray.io/market-type"] for group in (spot, fallback)]
     assert markets == ["spot", "on-demand"]
     assert "nodeSelector" not in cpu["template"]["spec"]

@@ -12,13 +12,15 @@ import pytest
 from lib.config import Settings
 from lib.errors import ConfigError
 from lib.line.layout import Line
-from lib.line.listeners import LISTENERS, Socket, name_of, table, unexpected
+from lib.line.listeners import ALL, LISTENERS, Socket, name_of, table, unexpected
 from lib.line.ports import PORTS, read_ports
 from lib.serving.keys import add_key, list_keys, read_keys
 from lib.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hunter2hunter2"
+PORTS_READ = read_ports({}, {})
+RAYLET = "/x/ray/core/src/ray/raylet/raylet --raylet_socket_name=/tmp/y"
 
 
 def test_the_page_shows_the_table_as_it_is() -> None:
@@ -34,6 +36,15 @@ def test_the_page_shows_the_table_as_it_is() -> None:
 
 def test_every_port_of_the_line_is_in_the_table() -> None:
     assert set(LISTENERS) == set(PORTS)
+
+
+def test_the_least_firewall_closes_all_that_ray_can_t_bind() -> None:
+    page = (ROOT / "deploy" / "SECURITY.md").read_text()
+    rule = re.search(r"tcp dport \{ (.*?) \} drop", page)
+    assert rule
+    shown = set(rule.group(1).split(", "))
+    expected = {port for name, port, _, binds, _ in table() if binds == ALL and name in PORTS}
+    assert shown == {port.replace("–", "-") for port in expected}
 
 
 def test_ports_are_known_by_their_ranges() -> None:
@@ -55,11 +66,13 @@ def socket(address: str, port: int, process: str = "ray::ServeReplica") -> Socke
         socket("::1", 8000),
         socket("0.0.0.0", 8404, "haproxy"),
         socket("::", 40001),
-        socket("0.0.0.0", 45123, "/…/raylet --raylet_socket_name"),
+        socket("::", 45123, RAYLET),
+        socket("::ffff:127.0.0.1", 10001, "python -m ray.util.client.server"),
+        socket("10.0.0.7", 52365, "ray::DashboardAgent"),
     ],
 )
 def test_loopback_and_what_the_table_names_are_expected(fine: Socket) -> None:
-    assert unexpected([fine], read_ports({}, {}), "127.0.0.1") == []
+    assert unexpected([fine], PORTS_READ, host="127.0.0.1", node_ip="10.0.0.7") == []
 
 
 @pytest.mark.parametrize(
@@ -68,18 +81,20 @@ def test_loopback_and_what_the_table_names_are_expected(fine: Socket) -> None:
         socket("0.0.0.0", 8000),
         socket("::", 5000, "mlflow"),
         socket("10.0.0.7", 8265),
+        socket("::", 52365, "ray::DashboardAgent"),
         socket("0.0.0.0", 45123, "python -m http.server"),
     ],
 )
 def test_what_others_can_reach_unasked_is_named(wrong: Socket) -> None:
-    (found,) = unexpected([wrong], read_ports({}, {}), "127.0.0.1")
+    (found,) = unexpected([wrong], PORTS_READ, host="127.0.0.1", node_ip="10.0.0.7")
     assert found.startswith(f"{wrong.address}:{wrong.port}")
 
 
 def test_the_setting_opens_inference_and_nothing_else() -> None:
     ports = read_ports({}, {})
-    assert unexpected([socket("0.0.0.0", 8000)], ports, "0.0.0.0") == []
-    assert unexpected([socket("0.0.0.0", 5000)], ports, "0.0.0.0") != []
+    opened = {"host": "0.0.0.0", "node_ip": "127.0.0.2"}
+    assert unexpected([socket("0.0.0.0", 8000)], ports, **opened) == []
+    assert unexpected([socket("0.0.0.0", 5000)], ports, **opened) != []
 
 
 @pytest.mark.parametrize(
