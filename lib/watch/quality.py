@@ -6,7 +6,7 @@ Arrays in, numbers out. Intervals are Wilson's, which hold near 0 and 1 and for 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
@@ -209,7 +209,7 @@ def _accuracy(rows: Rows) -> Share:
 
 def _class_accuracy(rows: Rows, num_classes: int) -> tuple[Share, ...]:
     labelled = rows.label_N != NO_LABEL
-    totals: Sequence[int] = np.bincount(rows.label_N[labelled], minlength=num_classes)
+    totals = np.bincount(rows.label_N[labelled], minlength=num_classes)
     hits = labelled & (rows.label_N == rows.predicted_N)
-    found: Sequence[int] = np.bincount(rows.label_N[hits], minlength=num_classes)
+    found = np.bincount(rows.label_N[hits], minlength=num_classes)
     return tuple(Share.of(int(f), int(t)) for f, t in zip(found, totals, strict=True))
