@@ -40,7 +40,7 @@ class SweepGauges:
             "running" if t.ended is None else "failed" if t.ended == FAILED else "done"
             for t in trials
         )
-        values = {
+        values: dict[tuple[Metric, tuple[str, ...]], float] = {
             (SWEEP_TRIALS, (self._sweep, state)): float(states[state])
             for state in ("running", "done", "failed")
         }
