@@ -8,7 +8,7 @@ from lib.train.experiment import Objective
 from lib.train.journal import Event
 from lib.train.progress import ASKED, ENDED, FAILED, REPORTED, Progress
 from lib.watch.gauges import Gauges
-from lib.watch.metrics import SWEEP_BEST, SWEEP_IMAGES_PER_S, SWEEP_TRIALS
+from lib.watch.metrics import SWEEP_BEST, SWEEP_IMAGES_PER_S, SWEEP_TRIALS, Metric
 
 _SPEED = "images_per_s"
 
