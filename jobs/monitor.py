@@ -3,6 +3,7 @@
 python -m jobs.monitor --once
 python -m jobs.monitor --every 30 --act
 python -m jobs.monitor --every 30 --act --schedule-h 168 --new-labels 2000
+python -m jobs.monitor --provision   # dashboards into the Grafana of GRAFANA_URL, GRAFANA_TOKEN
 
 Reads the prediction log, writes watch/<model>/state.json under the storage root. However it ends,
 started again it goes on where it was. With --act it starts `jobs.retrain`, within a budget.
@@ -11,6 +12,7 @@ started again it goes on where it was. With --act it starts `jobs.retrain`, with
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +22,10 @@ from lib.config import Settings
 from lib.storage import Storage
 from lib.watch import predictions
 from lib.watch.display import show, summary
+from lib.watch.gauges import connect
+from lib.watch.grafana import GrafanaSettings, provision
 from lib.watch.monitor import AWAY, Monitor, Options
+from lib.watch.reported import MONITOR, of_monitor
 from lib.watch.retrains import RetrainJobs
 from lib.watch.triggers import Rules
 
@@ -28,6 +33,8 @@ from lib.watch.triggers import Rules
 def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
     """Parse, look once or again and again, and return what the last look saw."""
     asked = _parse(argv)
+    if asked.provision:
+        return provision(GrafanaSettings.from_env(os.environ))
     settings = Settings.from_env()
     storage = Storage(settings.storage)
     rules = Rules(
@@ -43,11 +50,15 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
         acts=asked.act,
         options=Options(rules=rules),
     )
+    gauges = connect()
     while True:
         start_s = time.monotonic()
         try:
             state = monitor.look()
             show(state)
+            if gauges:
+                gauges.update(of_monitor(state), instead_of=MONITOR)
+            predictions.expire(storage, settings.model)
         except AWAY as error:
             if asked.once:
                 raise
@@ -65,6 +76,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     often = parser.add_mutually_exclusive_group(required=True)
     often.add_argument("--once", action="store_true", help="look once")
+    often.add_argument("--provision", action="store_true", help="fill Grafana, and look at nothing")
     often.add_argument("--every", type=float, metavar="SECONDS", help="look again and again")
     parser.add_argument("--act", action="store_true", help="start jobs.retrain when it is time")
     parser.add_argument("--cool-down-s", type=float, default=Rules().cool_down_s)

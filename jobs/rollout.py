@@ -24,6 +24,7 @@ from lib.errors import ConfigError
 from lib.serving.keys import name_of_caller
 from lib.storage import Storage
 from lib.watch import live
+from lib.watch.gauges import connect
 from lib.watch.rollout_state import Options
 
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
     if arguments.abort:
         return live.abort(settings, storage, who=who)
     if arguments.resume:
-        return live.go_on(settings, storage, who=who)
+        return live.go_on(settings, storage, who=who, gauges=connect())
     try:
         steps = tuple(float(step) for step in arguments.steps.split(","))
     except ValueError:
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
         stage_timeout_s=arguments.step_timeout,
         who=who,
     )
-    return live.roll_out(settings, storage, arguments.version, options)
+    return live.roll_out(settings, storage, arguments.version, options, gauges=connect())
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ def version_application(name: str, version: int) -> str:
     return f"{name}-v{version}"
 
 
+_SERVED = (".py", ".yaml", ".html", ".css", ".js", ".svg")
+"""Kinds of files that replicas need: code, options, and the console's pages."""
+
+
 def publish_code(storage: Storage) -> str:
     """Put the code that replicas run under the storage root and return its URI.
 
@@ -42,7 +46,7 @@ def publish_code(storage: Storage) -> str:
         path
         for folder in ("lib", "serve_apps")
         for path in (_ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml")
+        if path.suffix in _SERVED
     )
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -20,8 +20,10 @@ from lib.watch import rollout
 from lib.watch import rollout_state as states
 from lib.watch.evidence import Stage, gather
 from lib.watch.gates import Evidence, Limits
+from lib.watch.gauges import Gauges
 from lib.watch.logged import read_answers, read_logged
 from lib.watch.replay import Logged, replay
+from lib.watch.reported import ROLLOUT, of_rollout
 from lib.watch.rollout_state import SHADOW, Options, State
 from lib.watch.rollout_world import Replayed
 
@@ -35,8 +37,11 @@ ABORT_DEADLINE_S = 120
 class Live:
     """What a rollout sees and does on a line."""
 
-    def __init__(self, settings: Settings, storage: Storage, who: str) -> None:
+    def __init__(
+        self, settings: Settings, storage: Storage, who: str, gauges: Gauges | None = None
+    ) -> None:
         self._settings = settings
+        self._gauges = gauges
         self._storage = storage
         self._who = who
 
@@ -59,6 +64,8 @@ class Live:
     def save(self, state: State) -> None:
         """Keep the state, durably."""
         states.save(self._storage, state)
+        if self._gauges:
+            self._gauges.update(of_rollout(state.to_json()), instead_of=ROLLOUT)
 
     def is_aborted(self, state: State) -> bool:
         """Whether a person asked for this rollout to end."""
@@ -146,13 +153,18 @@ class Live:
 
 
 def roll_out(
-    settings: Settings, storage: Storage, candidate: int, options: Options
+    settings: Settings,
+    storage: Storage,
+    candidate: int,
+    options: Options,
+    *,
+    gauges: Gauges | None = None,
 ) -> Mapping[str, Any]:
     """Roll a version out, or go on with its rollout that was interrupted or held.
 
     Returns how it ended; raises RolloutError, with all that is known, unless it was promoted.
     """
-    world = Live(settings, storage, options.who)
+    world = Live(settings, storage, options.who, gauges)
     with _alone(storage, settings.model):
         found = world.load()
         if found and found.candidate == candidate and found.status not in states.FINAL:
@@ -163,9 +175,11 @@ def roll_out(
         return rollout.result(rollout.run(world))
 
 
-def go_on(settings: Settings, storage: Storage, *, who: str) -> Mapping[str, Any]:
+def go_on(
+    settings: Settings, storage: Storage, *, who: str, gauges: Gauges | None = None
+) -> Mapping[str, Any]:
     """Go on with the rollout that was interrupted or held, as `roll_out` does."""
-    world = Live(settings, storage, who)
+    world = Live(settings, storage, who, gauges)
     with _alone(storage, settings.model):
         rollout.resume(world)
         return rollout.result(rollout.run(world))

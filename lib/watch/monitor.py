@@ -127,7 +127,11 @@ class Monitor:
     def _watch(self, traffic: ModelTraffic, now_s: float, state: dict[str, Any]) -> None:
         """Fill the state; what can't be looked at is paused, and is no sign of anything."""
         card = read_card(self.storage, traffic.bundles[traffic.champion])
-        state |= {"champion": traffic.champion, "class_names": list(card.class_names)}
+        state |= {
+            "champion": traffic.champion,
+            "class_names": list(card.class_names),
+            "test_accuracy": card.test_accuracy,
+        }
         recalled = memories.recall(self.storage, self.model)
         look: Mapping[str, Any] | None = recalled[1] if recalled else None
         signs = Signs(trained_s=self._registered_s(traffic))

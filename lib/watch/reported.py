@@ -2,7 +2,7 @@
 
 with Gauges() as gauges:
     …
-    gauges.update(of_monitor(state, accuracy_expected), instead_of=MONITOR)
+    gauges.update(of_monitor(state), instead_of=MONITOR)
 """
 
 from __future__ import annotations
@@ -49,13 +49,8 @@ _OF_LABELLED = {
 _GATE = {"pass": 1.0, "wait": 0.0, "breach": -1.0}
 
 
-def of_monitor(
-    state: Mapping[str, Any], accuracy_expected: Mapping[str, float] | None = None
-) -> Values:
-    """Return the values of `watch/MODEL/state.json`; what it does not say is left out.
-
-    `accuracy_expected` holds, by version, what the test set gave at registration.
-    """
+def of_monitor(state: Mapping[str, Any]) -> Values:
+    """Return the values of `watch/MODEL/state.json`; what it does not say is left out."""
     model = state["model"]
     values: Values = {}
     drift = state.get("drift") or {}
@@ -72,8 +67,9 @@ def of_monitor(
             for metric, name in _OF_LABELLED.items():
                 values |= _known(metric, (model, version), found.get(name))
         values |= _known(metrics.LABELLED_ROWS, (model, version), found.get("labels"))
-        expected = (accuracy_expected or {}).get(version)
-        values |= _known(metrics.ACCURACY_EXPECTED, (model, version), expected)
+    if "champion" in state:
+        of_champion = (model, str(state["champion"]))
+        values |= _known(metrics.ACCURACY_EXPECTED, of_champion, state.get("test_accuracy"))
     champion = versions.get(str(state.get("champion")), {})
     shares = champion.get("class_shares") or ()
     for label, share in zip(state.get("class_names") or (), shares, strict=False):

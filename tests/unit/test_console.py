@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import re
+import zipfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from lib.serving.keys import add_key
+from lib.serving.plan import publish_code
 from lib.storage import Storage
 from lib.watch.overview import rollout_path, watch_path
 from serve_apps.asgi import App
@@ -140,3 +142,12 @@ def test_samples_are_test_images_one_a_class(tmp_path: Path) -> None:
 )
 def test_links_are_addresses_that_a_browser_opens(env: Any, expected: Any) -> None:
     assert links(env) == expected
+
+
+def test_replicas_get_every_file_of_the_console(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    publish_code(storage)
+    (archive,) = storage.list("code")
+    with zipfile.ZipFile(storage.path(archive)) as content:
+        there = set(content.namelist())
+    assert {f"serve_apps/console/{path.name}" for path in CONSOLE.iterdir()} <= there

@@ -135,12 +135,13 @@ def test_a_monitor_s_state_becomes_values_and_what_it_does_not_say_none() -> Non
                 "disagreement": 0.05,
             },
         },
+        "test_accuracy": 0.99,
         "drift": {
             "alarm": True,
             "kinds": {"inputs": {"score": 0.3, "p_value": 1e-6}},
         },
     }
-    values = reported.of_monitor(state, {"3": 0.99})
+    values = reported.of_monitor(state)
     assert {metric for metric, _ in values} <= set(reported.MONITOR)
     named = {(metric.name.removeprefix("rayline_"), *labels): v for (metric, labels), v in
              values.items()}  # fmt: skip
