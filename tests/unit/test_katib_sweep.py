@@ -101,7 +101,7 @@ def _no_ray_and_no_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
         "lib.train.session.tune.with_parameters", lambda kind, **arguments: (kind, arguments)
     )
     free = TrialResources(cpus=1.0, gpus=0.0, num_parallel=1)
-    monkeypatch.setattr("lib.train.resources.trial_resources", lambda gpus: free)
+    monkeypatch.setattr("lib.train.resources.trial_resources", lambda *_: free)
     monkeypatch.setattr("lib.train.search.start_sweep", lambda *given, **rest: sweep)
     monkeypatch.setattr("lib.train.search.reopen_sweep", lambda *given: sweep)
     monkeypatch.setattr("lib.train.search.SweepRecord", Record)
