@@ -133,15 +133,15 @@ def run(storage: Storage, asked: Asked, **rest: Any) -> SweepResult:
 def test_a_command_is_searched_from_a_file_to_pictures(storage: Storage, tmp_path: Path) -> None:
     objective = {"type": "minimize", "objectiveMetricName": "loss",
                  "additionalMetricNames": ["accuracy"]}  # fmt: skip
-    script = "echo loss=1; echo loss=$1 accuracy=0.5; echo accuracy=0.75"
+    script = "echo loss=1; echo loss=$1 accuracy=0.5; echo accuracy=0.25"
     asked = write(tmp_path, script, objective=objective, maxTrialCount=6)
     result = run(storage, asked)
     assert len(result.trials) == 6
     best = result.trials[0]
     assert best.value == min(trial.params["lr"] for trial in result.trials)
-    assert best.metrics["accuracy"] == 0.75, "written after the last loss, and part of the result"
+    assert best.metrics["accuracy"] == 0.25, "written after the last loss, and part of the result"
     assert best.epoch == 3
-    assert all(b"accuracy=0.75" in (files["output.log"] or b"")
+    assert all(b"accuracy=0.25" in (files["output.log"] or b"")
                for files in Record.last.files.values())  # fmt: skip
     assert {"pictures/curves.png", "pictures/parallel_coordinates.png"} <= set(Record.last.pictures)
 
