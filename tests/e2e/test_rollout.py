@@ -26,6 +26,7 @@ from onnx import ModelProto
 
 from lib.config import Settings
 from lib.line.layout import PROJECT_ROOT
+from lib.registry.models import logged_model_id
 from lib.registry.notes import EVIDENCE_TAG, REASON_TAG, ROLLOUT_TAG
 from lib.serving import deploy, policy
 from lib.serving.bundle import ONNX_FILE, PT2_FILE, read_card, write_bundle
@@ -83,6 +84,7 @@ class Drill:
                 self.line.model,
                 source=standing.source,
                 run_id=standing.run_id,
+                model_id=logged_model_id(standing),
                 tags=dict(standing.tags),
                 await_creation_for=0,
             ).version
