@@ -2,7 +2,7 @@
 #   make up DATA=my-images PRESET=quick MODEL=name
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test bench lint audit train rollout rollback rayservice image
+.PHONY: help up down test drill bench lint audit train rollout rollback rayservice image
 SHELL := /bin/bash
 BIN := .venv/bin
 # What CI may be told by others (WHY, VERSION, …) stays in the shell: make would run what is in it.
@@ -21,6 +21,9 @@ down: .venv/.installed ## end everything that `make up` started; models, data an
 
 test: lint ## all tests: unit, integration, end to end
 	@$(BIN)/python -m pytest
+
+drill: lint ## what takes minutes a test: rollouts, kills in the middle of a sweep, Katib files
+	@$(BIN)/python -m pytest -m long
 
 lint: .venv/.installed ## what CI checks before the tests
 	@$(BIN)/ruff check .

@@ -38,6 +38,8 @@ from tests.data_sources import mnist
 from tests.e2e.clients import RAW, connect, post, until
 from tests.e2e.conftest import LiveLine
 
+pytestmark = pytest.mark.long
+
 TIMEOUT_S = 60
 ROLLOUT_S = 420
 STEPS = ("--steps", "10,50,100", "--min-requests", "100", "--step-timeout", "300")

