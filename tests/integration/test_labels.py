@@ -6,7 +6,11 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from lib.line.layout import PROJECT_ROOT
+
+pytestmark = pytest.mark.long
 
 TIMEOUT_S = 180
 # A cluster of its own: labels are given to a node when it starts.

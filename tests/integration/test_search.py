@@ -31,6 +31,8 @@ from lib.train.search import SweepResult, run_sweep
 from lib.train.trial import EAGER_LATENCY_MS
 from lib.train.work import image_work
 
+pytestmark = pytest.mark.long
+
 MNIST = Path(__file__).parents[2] / "lib/data/mnist"
 METRICS = ("train_loss", "val_loss", "val_accuracy", "lr", "images_per_s", "num_parameters")
 PRESET = replace(PRESETS["smoke"], num_trials=3, rungs=(1, 3), time_budget_s=300)
