@@ -2,9 +2,12 @@
 #   make up DATA=my-images PRESET=quick MODEL=name
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test bench lint
+.PHONY: help up down test drill bench lint audit train rollout rollback rayservice image
 SHELL := /bin/bash
 BIN := .venv/bin
+# What CI may be told by others (WHY, VERSION, …) stays in the shell: make would run what is in it.
+# Settings of the line of this folder, unless the shell has those of another one.
+LINE := [ -n "$$RAYLINE_STORAGE" ] || [ ! -f .rayline/env ] || . .rayline/env
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/'
@@ -19,10 +22,35 @@ down: .venv/.installed ## end everything that `make up` started; models, data an
 test: lint ## all tests: unit, integration, end to end
 	@$(BIN)/python -m pytest
 
+drill: lint ## what takes minutes a test: rollouts, kills in the middle of a sweep, Katib files
+	@$(BIN)/python -m pytest -m long
+
 lint: .venv/.installed ## what CI checks before the tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+audit: .venv/.installed ## known weaknesses of the pins, and whether the pins are whole
+	@$(BIN)/python deploy/audit.py
+
+train: .venv/.installed ## like up, but nothing that is served changes; report in .rayline/report.md
+	@$(BIN)/python -m jobs.up --no-deploy $${DATA:+--data "$$DATA"} \
+	  $${PRESET:+--preset "$$PRESET"} $${MODEL:+--model "$$MODEL"}
+
+rollout: .venv/.installed ## VERSION=number step by step to all of the traffic, or back by itself
+	@$(LINE); $(BIN)/python -m jobs.rollout "$${VERSION:?give VERSION=number}"
+
+rollback: .venv/.installed ## back to the champion before; WHY=reason
+	@$(LINE); $(BIN)/python -m jobs.deploy --why "$${WHY:-make rollback}" rollback
+
+rayservice: .venv/.installed ## Kubernetes: the RayService asks for what is live now
+	@$(LINE); kubectl -n rayline patch rayservice rayline-serve --type merge \
+	  -p "$$($(BIN)/python -m jobs.serve_config | tail -n 1)"
+
+image: ## the container image, DEVICE=cpu|gpu
+	@docker build -f deploy/Dockerfile -t "rayline:$${DEVICE:-cpu}" \
+	  --build-arg DEVICE="$${DEVICE:-cpu}" \
+	  --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" .
 
 bench: .venv/.installed ## the measured tables, with peers on the same machine
 	@$(BIN)/python -m tests.bench

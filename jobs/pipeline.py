@@ -27,6 +27,9 @@ def main() -> None:
     )
     parser.add_argument("--preset", default="quick", choices=sorted(PRESETS))
     parser.add_argument("--model", help="name of the registered model (else RAYLINE_MODEL)")
+    parser.add_argument(
+        "--no-deploy", action="store_true", help="register, but change nothing that is served"
+    )
     arguments = parser.parse_args()
 
     def job() -> dict[str, Any]:
@@ -41,6 +44,7 @@ def main() -> None:
             arguments.source,
             preset(arguments.preset),
             who=submitted.owner or "unknown",
+            serve=not arguments.no_deploy,
         )
 
     run(job)

@@ -1,56 +1,64 @@
-"""Search for the best model of a data set.
+"""Search for the best model of a data set, or run an experiment file of Katib's.
 
 python -m jobs.submit tune --data DIGEST
-python -m jobs.submit tune --data DIGEST --preset smoke --seed 1
+python -m jobs.submit tune --data DIGEST --preset full --search gp/asha --seed 1
+python -m jobs.submit tune --experiment FILE
+python -m jobs.submit tune --experiment FILE --trainable rayline --data DIGEST
+python -m jobs.submit tune --resume SWEEP_RUN_ID
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import replace
 from typing import Any
 
 import ray
 
 from lib import cli
-from lib.config import PRESETS, Settings, preset
-from lib.data.manifest import load_manifest
+from lib.config import PRESETS, Settings
 from lib.storage import Storage
-from lib.train.search import run_sweep
+from lib.train.asked import Asked, limits_asked_for, search_asked_for
+from lib.train.katib import TRAINABLES
+from lib.train.search import resume_sweep, run_sweep
 
 
 def main() -> None:
-    """Parse the arguments, run the sweep, print its result."""
+    """Parse the arguments, run or resume the sweep, print its result."""
     parser = argparse.ArgumentParser(description="Search for the best model of a data set.")
-    parser.add_argument("--data", required=True, help="digest that jobs.ingest printed")
-    parser.add_argument("--preset", default="quick", choices=sorted(PRESETS))
-    parser.add_argument("--seed", type=int, default=0, help="of the sampler and of training")
+    parser.add_argument("--data", help="digest that jobs.ingest printed")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="quick if left out")
+    parser.add_argument(
+        "--search",
+        metavar="SAMPLER[/SCHEDULER]",
+        help="random, grid, sobol, tpe, cmaes or gp / asha, hyperband, medianstopping, pbt or "
+        "none; tpe/asha if left out",
+    )
+    parser.add_argument("--seed", type=int, help="of the sampler and of training; 0 if left out")
+    parser.add_argument("--experiment", metavar="FILE", help="Katib's, kubeflow.org/v1beta1")
+    parser.add_argument(
+        "--trainable",
+        choices=TRAINABLES,
+        help="what an experiment file runs: its own command, or Rayline's training",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="SWEEP_RUN_ID",
+        help="go on with a sweep; with --experiment, under the trial counts of the file",
+    )
     arguments = parser.parse_args()
 
     def job() -> dict[str, Any]:
         settings = Settings.from_env()
         storage = Storage(settings.storage)
-        manifest = load_manifest(storage, arguments.data)
+        given = {name: value for name, value in vars(arguments).items() if name != "resume"}
+        asked = Asked(**given)
+        limits = limits_asked_for(asked) if arguments.resume else None
+        search = None if arguments.resume else search_asked_for(asked, storage)
         ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.WARNING)
-        sweep = run_sweep(
-            settings, storage, manifest, replace(preset(arguments.preset), seed=arguments.seed)
-        )
-        best = sweep.trials[0]
-        return {
-            "sweep_run_id": sweep.sweep_run_id,
-            "data_digest": manifest.digest,
-            "trials": len(sweep.trials),
-            "failed_trials": sweep.num_failed,
-            "best": {
-                "run_id": best.run_id,
-                "val_accuracy": best.val_accuracy,
-                "epoch": best.epoch,
-                "params": dict(best.params),
-            },
-            "seconds": round(sweep.seconds, 1),
-            "images_per_s": round(sweep.images_per_s),
-        }
+        if search is None:
+            return resume_sweep(settings, storage, arguments.resume, asked=limits).summary()
+        return run_sweep(settings, storage, *search).summary()
 
     cli.run(job)
 

@@ -20,7 +20,7 @@ from lib.line.parts import bring_up
 from lib.line.ports import variables
 from lib.line.source import default_model, resolve_source
 from lib.line.submission import Ended, find_running, follow, submit_job
-from lib.line.summary import await_versions, text, write_sample
+from lib.line.summary import await_versions, text, write_report, write_sample
 
 
 def main() -> None:
@@ -33,26 +33,35 @@ def main() -> None:
     parser.add_argument("--data", default="mnist", help="mnist, a folder, or torchvision:NAME")
     parser.add_argument("--preset", default="quick", choices=sorted(PRESETS))
     parser.add_argument("--model", help="name of the model (default: digits, or after the folder)")
+    parser.add_argument(
+        "--no-deploy", action="store_true", help="train and register, and write a report"
+    )
     arguments = parser.parse_args()
+    model = arguments.model or os.environ.get("RAYLINE_MODEL")
     try:
-        up(arguments.data, arguments.preset, arguments.model or os.environ.get("RAYLINE_MODEL"))
+        up(arguments.data, arguments.preset, model, serve=not arguments.no_deploy)
     except RaylineError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         sys.exit("\nstopped here; `make up` goes on from what is there, `make down` ends it")
 
 
-def up(data: str, preset: str, model: str | None) -> None:
-    """Start the parts, run the pipeline, wait until its versions answer."""
+def up(data: str, preset: str, model: str | None, *, serve: bool = True) -> None:
+    """Start the parts, run the pipeline, wait until its versions answer.
+
+    Without `serve` the pipeline ends with the registry, and a report is written.
+    """
     start = time.monotonic()
     line = Line.from_env(os.environ)
     source = resolve_source(data)
     model = model or default_model(source)
     line.prepare()
     bring_up(line)
-    ended = run_pipeline_job(
-        line, ["-m", "jobs.pipeline", "--source", source, "--preset", preset, "--model", model]
-    )
+    job = ["-m", "jobs.pipeline", "--source", source, "--preset", preset, "--model", model]
+    ended = run_pipeline_job(line, job if serve else [*job, "--no-deploy"])
+    if not serve:
+        print(f"report: {write_report(line, ended.result)}")
+        return
     sample = write_sample(line, str(ended.result["data_digest"]))
     await_versions(line, model, sorted(ended.result["weights"]), sample)
     print(text(line, ended.result, sample, seconds=time.monotonic() - start))

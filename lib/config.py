@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lib.errors import ConfigError
+from lib.secrets import refuse_password
+from lib.selector import read_selector
 
 MAX_BODY_BYTES = 16 * 2**20
 """Of one request for an inference, over HTTP or gRPC."""
+STORAGE_SECRETS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the file that AWS_PROFILE names"
+MLFLOW_SECRETS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +33,20 @@ class Settings:
     """RAYLINE_HTTP_PORT: inference port."""
     grpc_port: int = 8001
     """RAYLINE_GRPC_PORT: inference port of gRPC."""
+    log_images: float = 100.0
+    """RAYLINE_LOG_IMAGES: percent of the requests whose images go into the prediction log."""
     ray_address: str = "http://127.0.0.1:8265"
     """RAY_API_SERVER_ADDRESS: Ray dashboard, which takes jobs and the Serve config."""
+    serve_api: str = ""
+    """RAYLINE_SERVE_API: Ray dashboard of the cluster that serves; empty: the one that has jobs."""
+    serve_url: str = ""
+    """RAYLINE_SERVE_URL: where callers reach the models; empty: host and port from above."""
+    trial_labels: str = ""
+    """RAYLINE_TRIAL_LABELS: labels of the nodes that trials run on; empty: any node."""
+    serve_labels: str = ""
+    """RAYLINE_SERVE_LABELS: labels of the nodes that gateways and versions run on; empty: any."""
+    trial_gpus: int = 0
+    """RAYLINE_TRIAL_GPUS: GPUs that the nodes for trials can grow to; 0: those there are now."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without touching a network or disk."""
@@ -38,9 +55,13 @@ class Settings:
                 f"RAYLINE_STORAGE={self.storage!r} is relative; give an absolute path or a URI "
                 "such as s3://bucket/rayline"
             )
+        refuse_password("RAYLINE_STORAGE", self.storage, STORAGE_SECRETS)
+        refuse_password("MLFLOW_TRACKING_URI", self.mlflow_uri, MLFLOW_SECRETS)
         for name, port in (("HTTP", self.http_port), ("GRPC", self.grpc_port)):
             if not 0 < port < 65536:
                 raise ConfigError(f"RAYLINE_{name}_PORT={port} is not a port")
+        for name in ("trial_labels", "serve_labels"):
+            read_selector(f"RAYLINE_{name.upper()}", getattr(self, name))
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -57,6 +78,9 @@ class Settings:
             if not port.isdigit():
                 raise ConfigError(f"{name}={port!r} is not a number")
             ports[name] = int(port)
+        gpus = env.get("RAYLINE_TRIAL_GPUS") or "0"
+        if not gpus.isdigit():
+            raise ConfigError(f"RAYLINE_TRIAL_GPUS={gpus!r} is not a number")
         return cls(
             storage=env["RAYLINE_STORAGE"],
             mlflow_uri=env["MLFLOW_TRACKING_URI"],
@@ -64,8 +88,30 @@ class Settings:
             http_host=env.get("RAYLINE_HTTP_HOST") or "127.0.0.1",
             http_port=ports["RAYLINE_HTTP_PORT"],
             grpc_port=ports["RAYLINE_GRPC_PORT"],
+            log_images=log_images_percent(env),
             ray_address=env.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265",
+            serve_api=(env.get("RAYLINE_SERVE_API") or "").rstrip("/"),
+            serve_url=(env.get("RAYLINE_SERVE_URL") or "").rstrip("/"),
+            trial_labels=env.get("RAYLINE_TRIAL_LABELS") or "",
+            serve_labels=env.get("RAYLINE_SERVE_LABELS") or "",
+            trial_gpus=int(gpus),
         )
+
+
+def log_images_percent(env: Mapping[str, str]) -> float:
+    """Return RAYLINE_LOG_IMAGES, 100 by default.
+
+    All, since only a request with its image can be trained on once its label comes; what a busy
+    line writes is bounded by `lib.watch.recorder`.
+    """
+    given = env.get("RAYLINE_LOG_IMAGES") or "100"
+    try:
+        percent = float(given)
+    except ValueError:
+        percent = math.nan
+    if not 0 <= percent <= 100:
+        raise ConfigError(f"RAYLINE_LOG_IMAGES={given!r} is not a percentage, 0 to 100")
+    return percent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +129,14 @@ class Preset:
     """Channels of the first stage."""
     depths: tuple[int, ...]
     """Convolutions per stage."""
+    growths: tuple[int, ...] = (4,)
+    """Channels of the widest stage, as a multiple of the first one's."""
+    learning_rates: tuple[float, float] = (0.03, 0.3)
+    """Lowest and highest peak of the learning rate, searched on a logarithmic scale."""
+    augmentations: tuple[float, float] = (0.0, 1.0)
+    """Lowest and highest strength of augmentation, searched in steps of a quarter."""
+    first_guesses: tuple[Mapping[str, float], ...] = ()
+    """What is tried first, one trial each: where it differs from the usual first guess."""
     gpus_per_trial: float = 0.25
     """Share of a GPU for a trial where the cluster has GPUs; else a trial takes one CPU."""
     seed: int = 0
@@ -114,8 +168,15 @@ PRESETS: dict[str, Preset] = {
             num_trials=32,
             rungs=(2, 6, 18),
             time_budget_s=1700,
-            widths=(16, 32, 48),
+            # The widest and deepest of these has 492,906 parameters on MNIST.
+            widths=(6, 16, 24, 32),
             depths=(1, 2, 3),
+            growths=(2, 4),
+            # 298,922 and 9,196 parameters: both ends of the Pareto front have a start.
+            first_guesses=(
+                {"stage_width": 32, "depth": 2, "growth": 4},
+                {"stage_width": 6, "depth": 3, "growth": 2, "augmentation": 0.25},
+            ),
         ),
     )
 }

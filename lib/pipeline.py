@@ -23,13 +23,24 @@ from lib.registry.trials import ranked_trials
 from lib.serving.deploy import deploy
 from lib.steps import Step, run_step
 from lib.storage import Storage
+from lib.train.presets import preset_experiment
+from lib.train.same_sweep import resume_same_sweep
 from lib.train.search import run_sweep
+from lib.train.work import image_work
 
 
 def run_pipeline(
-    settings: Settings, storage: Storage, source: str, preset: Preset, *, who: str
+    settings: Settings,
+    storage: Storage,
+    source: str,
+    preset: Preset,
+    *,
+    who: str,
+    serve: bool = True,
 ) -> dict[str, Any]:
     """Bring a served model up from a source; return what each step did.
+
+    Without `serve` the last step is left out: nothing that is served changes.
 
     Ray must be initialised. Raises what the steps raise: each message says what to do.
     """
@@ -42,9 +53,10 @@ def run_pipeline(
     mark = time.monotonic()
     registered = register(settings, storage, manifest, sweep_run_id)
     register_s = time.monotonic() - mark
-    deployed = deploy(
-        settings, storage, who=who, why=f"pipeline: {preset.name} sweep {sweep_run_id}"
-    )
+    weights: Mapping[str, float] = {}
+    if serve:
+        why = f"pipeline: {preset.name} sweep {sweep_run_id}"
+        weights = deploy(settings, storage, who=who, why=why)["weights"]
     deploy_s = time.monotonic() - mark - register_s
     champion = resolve(settings, settings.model, "champion")
     return {
@@ -59,7 +71,7 @@ def run_pipeline(
         "champion": champion.version,
         "test_accuracy": champion.test_accuracy,
         "val_accuracy": champion.val_accuracy,
-        "weights": deployed["weights"],
+        "weights": weights,
         "seconds": {
             "ingest": round(ingested.seconds, 1),
             "tune": round(sweep.seconds, 1),
@@ -74,7 +86,11 @@ def tune_once(settings: Settings, storage: Storage, manifest: Manifest, preset: 
     """Return the sweep over this data with this preset; run it if MLflow has none."""
 
     def search() -> Mapping[str, Any]:
-        found = run_sweep(settings, storage, manifest, preset)
+        experiment = preset_experiment(preset)
+        work = image_work(storage, manifest, preset, experiment)
+        found = resume_same_sweep(settings, storage, experiment, work)
+        if found is None:
+            found = run_sweep(settings, storage, experiment, work)
         return {"sweep_run_id": found.sweep_run_id, "num_trials": len(found.trials)}
 
     def is_true(result: Mapping[str, Any]) -> bool:

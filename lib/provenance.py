@@ -26,8 +26,16 @@ VARIABLE = "RAYLINE_PROVENANCE"
 MAX_DIFF_BYTES = 64 * 1024
 """Of the encoded diff: Linux limits one environment variable to 128 KiB."""
 
+CODE_FOLDERS = ("lib/", "jobs/", "serve_apps/")
+"""Where a new file is code: its content is recorded before it is committed."""
+UNTRACKED = "untracked: "
+"""How a diff names the other new files, whose content it does not have."""
+
 _ROOT = Path(__file__).resolve().parents[1]
 _GIT_TIMEOUT_S = 30
+# Whatever a user's git is set to, `git apply` must take it.
+_DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-relative")
+_PREFIXES = ("--src-prefix=a/", "--dst-prefix=b/")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +47,8 @@ class Provenance:
     dirty: bool = False
     """Whether files differed from the commit, or were not tracked."""
     diff: str | None = None
-    """Uncommitted changes as a patch, then the names of untracked files; None if left out."""
+    """Uncommitted changes and new code as a patch, then the names of other new files; None if
+    left out."""
     diff_sha256: str | None = None
     """Digest of the whole diff, kept also when the diff itself is too large to travel."""
     owner: str | None = None
@@ -71,9 +80,11 @@ def collect(root: Path = _ROOT) -> Provenance:
     # A copy without .git, unpacked below someone else's checkout, is not that checkout's code.
     if not commit or not _git(root, "ls-files", "--", "."):
         return Provenance(commit=None, owner=owner)
-    changes = _git(root, "diff", "HEAD", "--binary", "--no-color", "--no-ext-diff", "--", ".") or ""
-    untracked = _git(root, "ls-files", "--others", "--exclude-standard", "--", ".") or ""
-    diff = changes + "".join(f"untracked: {name}\n" for name in untracked.splitlines())
+    changes = _git(root, *_DIFF, *_PREFIXES, "HEAD", "--", ".") or ""
+    names = (_git(root, "ls-files", "--others", "--exclude-standard", "--", ".") or "").splitlines()
+    new_code = [name for name in names if name.endswith(".py") and name.startswith(CODE_FOLDERS)]
+    changes += "".join(_new_file(root, name) for name in new_code)
+    diff = changes + "".join(f"{UNTRACKED}{name}\n" for name in names if name not in new_code)
     if not diff:
         return Provenance(commit=commit.strip(), owner=owner)
     return Provenance(
@@ -105,6 +116,14 @@ def describe(provenance: Provenance) -> str:
     return f"commit {provenance.commit[:12]}{state}, by {provenance.owner or 'unknown'}"
 
 
+def diffstat(before: str, after: str, root: Path = _ROOT) -> str | None:
+    """Return git's list of changed files between two commits; None if it lacks one of them."""
+    # Commits come from tags that anybody may write: nothing of them may be taken for an option.
+    if any(not set(commit) <= set("0123456789abcdef") for commit in (before, after)):
+        return None
+    return _git(root, "diff", "--stat=100", "--no-color", "--no-ext-diff", before, after, "--")
+
+
 @functools.cache
 def _current(encoded: str | None) -> Provenance:
     provenance = Provenance.decode(encoded) if encoded else collect()
@@ -128,7 +147,14 @@ def _owner() -> str | None:
         return None
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def _new_file(root: Path, name: str) -> str:
+    """Return a file that git does not know yet as a patch that adds it."""
+    prefix = (_git(root, "rev-parse", "--show-prefix") or "").strip()
+    places = (f"--src-prefix=a/{prefix}", f"--dst-prefix=b/{prefix}")
+    return _git(root, *_DIFF, *places, "--no-index", "--", os.devnull, name, ok=(0, 1)) or ""
+
+
+def _git(root: Path, *arguments: str, ok: tuple[int, ...] = (0,)) -> str | None:
     """Return git's output; None when git is missing or says no."""
     try:
         done = subprocess.run(
@@ -139,4 +165,4 @@ def _git(root: Path, *arguments: str) -> str | None:
         )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+    return done.stdout.decode(errors="replace") if done.returncode in ok else None

@@ -54,6 +54,13 @@ class Storage:
         info = self.filesystem.get_file_info(self.path(relative))
         return bool(info.type == pafs.FileType.File)
 
+    def folders(self, relative: str) -> list[str]:
+        """Return the folders in a folder, sorted, relative to the root; none if it is missing."""
+        selector = pafs.FileSelector(self.path(relative), allow_not_found=True)
+        infos = self.filesystem.get_file_info(selector)
+        prefix = len(self.root) + 1
+        return sorted(info.path[prefix:] for info in infos if info.type == pafs.FileType.Directory)
+
     def list(self, relative: str, *, recursive: bool = False) -> list[str]:
         """Return the files below a folder, sorted, relative to the root; none if it is missing."""
         selector = pafs.FileSelector(self.path(relative), allow_not_found=True, recursive=recursive)
@@ -140,6 +147,13 @@ class Storage:
         """Delete a file; a missing one is no error."""
         if self.exists(relative):
             self.filesystem.delete_file(self.path(relative))
+
+    def delete_folder(self, relative: str) -> None:
+        """Delete a folder and all in it; a missing one is no error."""
+        try:
+            self.filesystem.delete_dir(self.path(relative))
+        except FileNotFoundError:
+            return
 
 
 def _sync(path: str) -> None:

@@ -12,20 +12,22 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import orjson
 from fastapi import FastAPI
-from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import BaseModel
 
 from lib.config import MAX_BODY_BYTES
 from lib.serving.bundle import Card
-from lib.serving.feedback import REQUEST_ID
+from lib.serving.feedback import PROBE_ID, REQUEST_ID
 from lib.serving.keys import ANYONE
 from lib.serving.payload import PayloadError
 from lib.serving.record import Record
 from lib.serving.router import RETRY_AFTER_S
+from lib.watch.recorder import Recorder
 from serve_apps import schemas
 
 Scope = MutableMapping[str, Any]
@@ -54,11 +56,24 @@ class Call:
     """Name of the API key, `anyone` where none is asked for."""
     card: Card | None = None
     """Of the version that answers, once it is chosen."""
+    images: npt.NDArray[np.uint8] | None = None
+    """What it is asked about, once that is known to be right."""
+    probabilities: npt.NDArray[np.float32] | None = None
+    """What it answered."""
 
     def header(self, name: bytes) -> str | None:
         """Return a header's value, None if it is not there."""
         value = self.headers.get(name)
         return None if value is None else value.decode("latin-1")
+
+
+class Asked(Protocol):
+    """What of a request is counted and logged, whichever way it came."""
+
+    request_id: str
+    card: Card | None
+    images: npt.NDArray[np.uint8] | None
+    probabilities: npt.NDArray[np.float32] | None
 
 
 @dataclass(slots=True)
@@ -87,6 +102,8 @@ class Route:
     errors: tuple[int, ...] = ()
     is_open: bool = False
     """Whether it is answered without an API key, and however much is in flight."""
+    is_page: bool = False
+    """Whether it is for people's browsers, so not part of the OpenAPI document."""
 
 
 def json_reply(content: Any, status: int = 200) -> Reply:
@@ -114,22 +131,18 @@ class App:
         description: str,
         authenticate: Authenticate = anyone,
         max_in_flight: int = 128,
+        recorder: Recorder | None = None,
     ) -> None:
         self._exact: dict[str, dict[str, Route]] = {}
         self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
-        docs = [
-            Route(
-                method="GET", path="/docs", handler=self._docs, summary="This page.", is_open=True
-            ),
-            Route(
-                method="GET",
-                path="/openapi.json",
-                handler=self._openapi,
-                summary="OpenAPI.",
-                is_open=True,
-            ),
-        ]
-        for route in [*routes, *docs]:
+        document = Route(
+            method="GET",
+            path="/openapi.json",
+            handler=self._openapi,
+            summary="OpenAPI.",
+            is_open=True,
+        )
+        for route in [*routes, document]:
             if "{" not in route.path:
                 self._exact.setdefault(route.path, {})[route.method] = route
                 continue
@@ -146,6 +159,7 @@ class App:
         self._max_in_flight = max_in_flight
         self.in_flight = 0
         self.record = Record()
+        self.recorder = recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -178,9 +192,9 @@ class App:
             reply = json_reply({"error": message, "request_id": request_id}, 500)
         finally:
             self.in_flight -= 1
-        card = call.card if call else None
-        self.record.add(caller, reply.status, card, time.perf_counter() - start_s)
-        reply.headers.append((b"content-length", b"%d" % len(reply.body)))
+        self.count(call, caller, reply.status, time.perf_counter() - start_s)
+        if reply.status != 304:
+            reply.headers.append((b"content-length", b"%d" % len(reply.body)))
         if FAST_LANE in scope:
             # Elsewhere Serve adds it.
             reply.headers.append((b"x-request-id", request_id.encode("latin-1")))
@@ -196,6 +210,24 @@ class App:
             raise PayloadError(503, f"{self._max_in_flight} requests are in flight here; try again")
         return caller
 
+    def count(self, asked: Asked | None, caller: str, status: int, seconds: float) -> None:
+        """Count an answer, and log it if a version was asked for it."""
+        if asked is None or asked.card is None:
+            self.record.add(caller, status, None, seconds)
+            return
+        self.record.add(caller, status, asked.card, seconds)
+        if asked.images is None or self.recorder is None or asked.request_id == PROBE_ID:
+            return
+        self.recorder.add(
+            asked.card,
+            asked.images,
+            asked.probabilities if status == 200 else None,
+            request_id=asked.request_id,
+            caller=caller,
+            latency_s=seconds,
+            status=status,
+        )
+
     def _match(self, method: str, path: str) -> tuple[Route, Mapping[str, str]]:
         methods, params = self._exact.get(path), {}
         if methods is None:
@@ -209,10 +241,6 @@ class App:
             raise PayloadError(405, f"{path} takes {', '.join(sorted(methods))}, not {method}")
         return methods[method], params
 
-    async def _docs(self, call: Call) -> Reply:
-        page = get_swagger_ui_html(openapi_url="openapi.json", title=self._title)
-        return Reply(bytes(page.body), headers=[(b"content-type", b"text/html; charset=utf-8")])
-
     async def _openapi(self, call: Call) -> Reply:
         if self._document is None:
             self._document = orjson.dumps(self._describe())
@@ -220,7 +248,7 @@ class App:
 
     def _describe(self) -> dict[str, Any]:
         document = FastAPI(title=self._title, description=self._description)
-        for route in self._routes:
+        for route in (route for route in self._routes if not route.is_page):
             extra = (
                 {"requestBody": {"required": True, "content": dict(route.request)}}
                 if route.request

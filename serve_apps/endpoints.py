@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
-import numpy as np
 import orjson
 
+from lib.errors import StorageError
 from lib.serving import oip, payload
-from lib.serving.feedback import parse_feedback, store_feedback
+from lib.serving.feedback import parse_feedback
 from lib.serving.payload import PayloadError
 from lib.serving.router import Router, Version
 from lib.storage import Storage
-from serve_apps import schemas
+from lib.watch.labels import LabelLog
+from serve_apps import pages, schemas, watching
 from serve_apps.asgi import JSON, Call, Header, Reply, Route, json_reply
 
 LARGE_BODY_BYTES = 2**16
+
+_log = logging.getLogger(__name__)
 
 
 class Endpoints:
@@ -24,7 +28,8 @@ class Endpoints:
 
     def __init__(self, router: Router, storage: Storage) -> None:
         self._router = router
-        self._storage = storage
+        self._labels = LabelLog(storage)
+        self.watching = watching.Watching(router, storage)
 
     async def predict(self, call: Call) -> Reply:
         """POST /predict: one image in, label and probabilities out."""
@@ -34,16 +39,19 @@ class Endpoints:
         body, content_type = call.body, call.header(b"content-type") or ""
         parse = payload.parse_predict
         if len(body) <= LARGE_BODY_BYTES:
-            images = parse(body, content_type, version.card)
-            probabilities_K = (await self._router.answer(version, images))[0]
+            images = call.images = parse(body, content_type, version.card)
+            probabilities_NK = await self._router.answer(version, images)
         else:
             # A large picture takes long to decode: other requests must not wait for it.
             with version.batcher.held():
                 images = await asyncio.to_thread(parse, body, content_type, version.card)
-                probabilities_K = (await self._router.answer(version, images))[0]
+                call.images = images
+                probabilities_NK = await self._router.answer(version, images)
+        call.probabilities = probabilities_NK
         self._router.copy_to_shadows(
-            table, version, images, probabilities_K[np.newaxis], call.request_id
+            table, version, images, probabilities_NK, call.request_id, call.caller
         )
+        probabilities_K = probabilities_NK[0]
         digit = int(probabilities_K.argmax())
         card = version.card
         answer = {
@@ -65,9 +73,11 @@ class Endpoints:
         call.card = version.card
         length = call.header(b"inference-header-content-length")
         request = oip.parse_infer(call.body, length, version.card)
-        probabilities_NK = await self._router.answer(version, request.images_NHWC)
+        images_NHWC = call.images = request.images_NHWC
+        probabilities_NK = await self._router.answer(version, images_NHWC)
+        call.probabilities = probabilities_NK
         self._router.copy_to_shadows(
-            table, version, request.images_NHWC, probabilities_NK, call.request_id
+            table, version, images_NHWC, probabilities_NK, call.request_id, call.caller
         )
         body, header_length = oip.render_infer(
             version.card, request, probabilities_NK, call.request_id
@@ -89,9 +99,13 @@ class Endpoints:
             raise PayloadError(422, "`model` must be a model's name")
         table = self._router.table
         name, traffic = table.model(model)
-        entry = parse_feedback(content, table.versions[name, traffic.champion].card)
-        await asyncio.to_thread(store_feedback, self._storage, entry)
-        return json_reply({"request_id": entry["request_id"], "stored": True})
+        label = parse_feedback(content, table.versions[name, traffic.champion].card)
+        try:
+            await self._labels.add(name, {**label, "caller": call.caller})
+        except StorageError as error:
+            _log.error("labels can't be stored: %s", error)
+            raise PayloadError(503, "the label could not be stored; try again") from error
+        return json_reply({"request_id": label["request_id"], "stored": True})
 
     async def traffic(self, call: Call) -> Reply:
         """GET /traffic: the policy in force, and the versions behind it."""
@@ -104,6 +118,7 @@ class Endpoints:
                 "runtime": version.card.runtime,
                 "class_names": version.card.class_names,
                 "shape": version.card.shape,
+                "fill": version.card.preprocess.fill,
                 "placement": version.placement,
             }
             for (name, number), version in sorted(table.versions.items())
@@ -190,4 +205,4 @@ def routes(endpoints: Endpoints) -> list[Route]:
             "POST", f"{base}/infer", endpoints.infer, "Classify a batch.",
             request=infer, errors=(400, 401, 404, 413, 422, 503),
         )  # fmt: skip
-    return table
+    return [*table, *watching.routes(endpoints.watching), *pages.routes()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 
 import ray
 from ray import serve
@@ -11,6 +12,7 @@ from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
+from lib.config import log_images_percent
 from lib.serving.batcher import Predict
 from lib.serving.bundle import Card
 from lib.serving.channel import ChannelLost, Channels, channel_folder
@@ -20,9 +22,10 @@ from lib.serving.policy import acknowledge
 from lib.serving.predictor import load_predictor
 from lib.serving.record import Record
 from lib.serving.router import Images, Probabilities, Router, with_retries
-from lib.serving.shadow import FLUSH_EVERY_S
 from lib.serving.traffic import COLOCATED
 from lib.storage import Storage
+from lib.watch.recorder import Recorder
+from lib.watch.stats import Stats
 from serve_apps import fast_lane
 from serve_apps.asgi import App
 from serve_apps.endpoints import Endpoints, routes
@@ -31,6 +34,7 @@ from serve_apps.reporter import Reporter
 from serve_apps.scaling import BUSY, CALLS, BusyMeter
 
 POLICY_POLL_S = 0.3
+REPORT_EVERY_S = 5.0
 CALL_DEADLINE_S = 30.0
 MAX_INLINE_IMAGES = 64
 """A colocated batch up to this size is answered on the event loop: a thread would cost more."""
@@ -44,7 +48,13 @@ class Gateway(GrpcLane):
 
     def __init__(self, storage: str) -> None:
         self._storage = Storage(storage)
-        self._router = Router(self._storage, self._make_predict, deadline_s=CALL_DEADLINE_S)
+        self._recorder = Recorder(self._storage, image_percent=log_images_percent(os.environ))
+        self._router = Router(
+            self._storage,
+            self._make_predict,
+            deadline_s=CALL_DEADLINE_S,
+            recorder=self._recorder,
+        )
         self._keys: Keys | None = None
         self._channels: dict[str, Channels] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -59,13 +69,19 @@ class Gateway(GrpcLane):
             title="Rayline",
             description="Image classification, several model versions behind one address.",
             authenticate=lambda headers: authenticate(self._keys, headers),
+            recorder=self._recorder,
         )
         self._tasks = [
             loop.create_task(self._follow_policy()),
             loop.create_task(self._keep_records()),
+            loop.create_task(self._recorder.run()),
         ]
         fast_lane.register(self._app)
         return self._app
+
+    def __del__(self) -> None:
+        """Write what is not in the prediction log yet, when Serve stops this gateway."""
+        self._recorder.close()
 
     def check_health(self) -> None:
         """Fail Serve's health check if the policy is no longer followed."""
@@ -99,20 +115,23 @@ class Gateway(GrpcLane):
             self._channels.pop(application).close()
 
     async def _keep_records(self) -> None:
-        """Report counts, write what shadows said, and one log line for many requests."""
+        """Report counts, with one log line for many requests."""
         reporter = Reporter()
+        stats = Stats(self._storage, serve.get_replica_context().replica_id.unique_id)
         while True:
-            await asyncio.sleep(FLUSH_EVERY_S)
+            await asyncio.sleep(REPORT_EVERY_S)
             record, self._app.record = self._app.record, Record()
             for (model, version, caller, status), count in sorted(record.requests.items()):
                 what = f"{model} version {version}" if model else "no version"
                 _log.info("%d requests of %s to %s: %d", count, caller, what, status)
             reporter.report(record.increments())
             reporter.report(self._router.shadows.increments())
+            reporter.report(self._recorder.increments())
             try:
-                await asyncio.to_thread(self._router.shadows.flush)
+                stats.add(record)
+                await asyncio.to_thread(stats.flush)
             except Exception:
-                _log.exception("what shadows said could not be written; it is kept for now")
+                _log.exception("the counts for the console could not be written; they are kept")
 
     async def _make_predict(self, card: Card, bundle: str, placement: str) -> Predict:
         if placement == COLOCATED:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import numpy as np
+import numpy.typing as npt
 from tritonclient.grpc import service_pb2 as messages
 
 from lib.serving import oip_grpc
@@ -39,7 +41,10 @@ class _Call:
     metadata: dict[str, str]
     request_id: str
     trailing: list[tuple[str, str]]
+    caller: str = UNKNOWN
     card: Card | None = None
+    images: npt.NDArray[np.uint8] | None = None
+    probabilities: npt.NDArray[np.float32] | None = None
 
 
 class GrpcLane:
@@ -93,9 +98,12 @@ class GrpcLane:
         version = table.pick(message.model_name, pin, key)
         call.card = version.card
         call.trailing.append(("x-model-version", str(version.card.version)))
-        images_NHWC = oip_grpc.parse_infer(message, version.card)
+        images_NHWC = call.images = oip_grpc.parse_infer(message, version.card)
         probabilities_NK = await self._router.answer(version, images_NHWC)
-        self._router.copy_to_shadows(table, version, images_NHWC, probabilities_NK, call.request_id)
+        call.probabilities = probabilities_NK
+        self._router.copy_to_shadows(
+            table, version, images_NHWC, probabilities_NK, call.request_id, call.caller
+        )
         return oip_grpc.render_infer(version.card, message, probabilities_NK, call.request_id)
 
     def _pinned(self, name: str, version: str) -> Version:
@@ -114,14 +122,14 @@ class GrpcLane:
         request_id = metadata.get("x-request-id") or os.urandom(16).hex()
         call = _Call(message, metadata, request_id, [("x-request-id", request_id)])
         headers = {name.encode(): value.encode() for name, value in metadata.items()}
-        caller, status = UNKNOWN, 200
+        status = 200
         start_s = time.perf_counter()
         self._app.in_flight += 1
         try:
             if not REQUEST_ID.fullmatch(request_id):
                 call.trailing.clear()
                 raise PayloadError(400, "x-request-id: at most 128 letters, digits, `.`, `_`, `-`")
-            caller = self._app.admit(headers)
+            call.caller = self._app.admit(headers)
             answered = await answer(call)
         except PayloadError as error:
             status, answered = error.status, empty()
@@ -135,7 +143,7 @@ class GrpcLane:
             context.set_details("the server failed on this request; its log has the cause")
         finally:
             self._app.in_flight -= 1
-        self._app.record.add(caller, status, call.card, time.perf_counter() - start_s)
+        self._app.count(call, call.caller, status, time.perf_counter() - start_s)
         context.set_trailing_metadata(call.trailing)
         return answered
 

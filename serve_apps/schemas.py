@@ -29,6 +29,7 @@ class Feedback(BaseModel):
 
     request_id: str = Field(pattern="^[A-Za-z0-9._-]{1,128}$")
     label: str | int = Field(description="A class name, or its number.")
+    index: int = Field(default=0, ge=0, description="Which image of a batch, from 0.")
     model: str | None = Field(default=None, description="The default model if left out.")
 
 

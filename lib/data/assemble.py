@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lib.data.checks import (
     Labels,
+    RowIds,
     check_duplicates,
     check_rows_per_class,
     find_duplicates,
@@ -77,14 +78,11 @@ def assign(opened: Opened, config: IngestConfig) -> tuple[Assigned, ...]:
     return tuple(assigned)
 
 
-def check_leaks(
-    assigned: Sequence[Assigned], results: Sequence[ChunkResult], config: IngestConfig
-) -> None:
+def check_leaks(assigned: Sequence[Assigned], ids: RowIds, config: IngestConfig) -> None:
     """Raise DataError if too many test rows are in train or val too.
 
     Where test was cut from train, the cut may have separated duplicates of the source.
     """
-    ids = np.concatenate([result.row_ids for result in results])
     targets = np.concatenate([part.targets for part in assigned])
     is_test = targets == SPLITS.index("test")
     test_rows, other_rows = np.flatnonzero(is_test), np.flatnonzero(~is_test)
@@ -104,10 +102,10 @@ def build_manifest(
     opened: Opened,
     assigned: Sequence[Assigned],
     results: Sequence[ChunkResult],
+    ids: RowIds,
     config: IngestConfig,
 ) -> Manifest:
     """Put together all that training and serving will know about the images."""
-    ids = np.concatenate([result.row_ids for result in results])
     labels: Labels = np.concatenate([part.rows.labels for part in assigned])
     targets = np.concatenate([part.targets for part in assigned])
     chosen = {split: targets == index for index, split in enumerate(SPLITS)}
@@ -116,7 +114,7 @@ def build_manifest(
     border_sum = sum(result.border_sum for result in results)
     border_count = max(1, sum(result.border_count for result in results))
     return Manifest(
-        digest=_digest(opened.shape, opened.class_names, split_digests),
+        digest=content_digest(opened.shape, opened.class_names, split_digests),
         source=source.name,
         source_digests=dict(source.digests),
         height=opened.shape[0],
@@ -140,11 +138,14 @@ def build_manifest(
     )
 
 
-def _digest(shape: Shape, class_names: Sequence[str], split_digests: dict[str, str]) -> str:
+def content_digest(
+    shape: Shape, class_names: Sequence[str], split_digests: Mapping[str, str]
+) -> str:
+    """Return what a data set with this content is called, however it came about."""
     content = {
         "shape": shape,
         "class_names": list(class_names),
-        "splits": split_digests,
+        "splits": dict(split_digests),
         "format_version": FORMAT_VERSION,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

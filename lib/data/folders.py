@@ -41,7 +41,9 @@ class FolderSource:
     digests: Mapping[str, str]
 
     @classmethod
-    def find(cls, root: Storage, *, name: str) -> FolderSource:
+    def find(
+        cls, root: Storage, *, name: str, class_names: tuple[str, ...] | None = None
+    ) -> FolderSource:
         """List and hash the files."""
         folders = _folders(root, "")
         has_splits = "train" in folders
@@ -50,8 +52,8 @@ class FolderSource:
             if has_splits
             else {"train": folders}
         )
-        class_names = read_class_names(root)
-        classes_from = CLASSES_FILE
+        classes_from = CLASSES_FILE if class_names is None else "the data set"
+        class_names = class_names or read_class_names(root)
         if class_names is None:
             class_names = tuple(classes_of["train"])
             classes_from = f"{root.uri}/train" if has_splits else root.uri

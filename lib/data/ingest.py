@@ -12,7 +12,7 @@ import json
 import pickle
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from lib.data.assemble import (
     build_manifest,
     check_leaks,
 )
+from lib.data.checks import ROW_ID_BYTES, RowIds
 from lib.data.execution import quiet_ray_data
 from lib.data.manifest import SPLITS, Manifest, manifest_path
 from lib.data.shards import Chunk, ChunkResult, ShardWriter, chunk_rows
@@ -82,9 +83,9 @@ def ingest_source(
     with Staging(storage) as staging:
         opened = source.open(staging)
         assigned = assign(opened, config)
-        results = _process(storage, _chunks(opened, assigned))
-    check_leaks(assigned, results, config)
-    built = build_manifest(source, opened, assigned, results, config)
+        results, ids = _process(storage, _chunks(opened, assigned))
+    check_leaks(assigned, ids, config)
+    built = build_manifest(source, opened, assigned, results, ids, config)
     manifest, reused = _publish(storage, built)
     storage.write_json(key_path, {"digest": manifest.digest})
     verb = "is there already" if reused else "published"
@@ -141,22 +142,30 @@ def _chunks(opened: Opened, assigned: Sequence[Assigned]) -> list[Chunk]:
     ]
 
 
-def _process(storage: Storage, chunks: Sequence[Chunk]) -> list[ChunkResult]:
-    """Run the chunks through Ray Data; raise the first error that a task met."""
+def _process(storage: Storage, chunks: Sequence[Chunk]) -> tuple[list[ChunkResult], RowIds]:
+    """Run the chunks through Ray Data; raise the first error that a task met.
+
+    Returns their results in order, and the ids of all rows in one array.
+    """
     num_rows = sum(chunk.labels.size for chunk in chunks)
     check_free_space(storage, num_rows * int(np.prod(chunks[0].shape)) // _BEST_COMPRESSION)
+    starts = np.cumsum([0] + [chunk.labels.size for chunk in chunks])
+    ids = np.empty((num_rows, ROW_ID_BYTES), dtype=np.uint8)
     results: dict[int, ChunkResult] = {}
     done_rows = 0
     for result in _run(storage, chunks):
         if isinstance(result, RaylineError):
             raise result
-        results[result.index] = result
+        start = starts[result.index]
+        ids[start : start + len(result.row_ids)] = result.row_ids
         done_rows += len(result.row_ids)
+        # Held once only: with many rows they are most of what this process holds.
+        results[result.index] = replace(result, row_ids=ids[:0])
         progress(
             "ingest",
             f"{done_rows:,} of {num_rows:,} images, {len(results)} of {len(chunks)} chunks",
         )
-    return [results[index] for index in range(len(chunks))]
+    return [results[index] for index in range(len(chunks))], ids
 
 
 def _run(storage: Storage, chunks: Sequence[Chunk]) -> Iterator[ChunkResult | RaylineError]:

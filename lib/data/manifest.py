@@ -10,6 +10,8 @@ from lib.errors import DataError
 from lib.storage import Storage
 
 SPLITS = ("train", "val", "test")
+LIVE = "live"
+"""Split of a data set that was extended: labelled live requests that nothing is trained on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,10 @@ class Manifest:
     seed: int
     """Seed of the validation split (and of test, where the source has none)."""
     format_version: int = 1
+    parent: str | None = None
+    """Digest of the data set that this one extends."""
+    live_shards: tuple[str, ...] = ()
+    """Paths of the train and val shards, of all generations, whose rows were live requests."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -93,6 +99,7 @@ class Manifest:
         preprocess = fields["preprocess"]
         fields["preprocess"] = Preprocess(mode=preprocess["mode"], fill=tuple(preprocess["fill"]))
         fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
+        fields["live_shards"] = tuple(fields.get("live_shards", ()))
         return cls(**fields)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from lib.data.checks import ROW_ID_BYTES, Labels, RowIds
 from lib.data.manifest import SPLITS, Shard
@@ -25,7 +26,6 @@ MIN_CHUNK_ROWS = 1024
 MAX_CHUNK_BYTES = 128 * 2**20
 """With large images this decides: a task holds a few times as much."""
 _ZSTD_LEVEL = 1
-_STATISTICS_PIXELS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +72,7 @@ def process_chunk(storage: Storage, chunk: Chunk) -> ChunkResult:
         # One split is the usual case of test: no copy then.
         pixels = images if chosen.all() else images[chosen]
         content = to_parquet(pixels, chunk.labels[chosen], ids[chosen])
-        shards.append(_store(storage, SPLITS[target], len(pixels), content))
+        shards.append(store_shard(storage, SPLITS[target], len(pixels), content))
     train = images[chunk.targets == TRAIN]
     border = _border_mask(chunk.shape)
     border_pixels = train[:, border]
@@ -107,12 +107,9 @@ class ShardWriter:
 
 def row_ids(images: Images) -> RowIds:
     """Return the BLAKE2b-128 of every image's pixels, (N, 16): the same image, the same id."""
-    row_bytes = int(np.prod(images.shape[1:]))
-    content = np.ascontiguousarray(images).reshape(-1).data
-    digests = b"".join(
-        hashlib.blake2b(content[start : start + row_bytes], digest_size=ROW_ID_BYTES).digest()
-        for start in range(0, len(content), row_bytes)
-    )
+    blake2b = hashlib.blake2b
+    rows = np.ascontiguousarray(images).reshape(len(images), int(np.prod(images.shape[1:])))
+    digests = b"".join([blake2b(row.data, digest_size=ROW_ID_BYTES).digest() for row in rows])
     return np.frombuffer(digests, dtype=np.uint8).reshape(-1, ROW_ID_BYTES)
 
 
@@ -154,7 +151,8 @@ def _fixed_size_binary(rows: npt.NDArray[np.uint8]) -> pa.Array:
     )
 
 
-def _store(storage: Storage, split: str, rows: int, content: pa.Buffer) -> Shard:
+def store_shard(storage: Storage, split: str, rows: int, content: pa.Buffer) -> Shard:
+    """Write a shard under the name of its content, unless it is there."""
     sha256 = hashlib.sha256(content).hexdigest()
     path = f"data/shards/{sha256[:32]}.parquet"
     # Named by content: a shard that is there is this one, of this ingest or an interrupted one.
@@ -164,15 +162,22 @@ def _store(storage: Storage, split: str, rows: int, content: pa.Buffer) -> Shard
 
 
 def _histogram(images: Images) -> npt.NDArray[np.int64]:
-    channels = images.shape[3]
-    pixels = images.reshape(-1, channels)
-    histogram = np.zeros((channels, 256), dtype=np.int64)
-    # In pieces: bincount makes eight bytes of every pixel.
-    for start in range(0, len(pixels), _STATISTICS_PIXELS):
-        piece = pixels[start : start + _STATISTICS_PIXELS]
-        for channel in range(channels):
-            histogram[channel] += np.bincount(piece[:, channel], minlength=256)
-    return histogram
+    return np.stack([count_values(images[..., channel]) for channel in range(images.shape[3])])
+
+
+def count_values(values: Images) -> npt.NDArray[np.int64]:
+    """Return how often each value is there, (256,).
+
+    Pillow counts four neighbours in four tables: five times as fast as `bincount` where most
+    pixels are background, since adding to the same place again has to wait for the last time.
+    """
+    flat = np.ascontiguousarray(values).reshape(-1)
+    whole = flat.size - flat.size % 4
+    counts = np.bincount(flat[whole:], minlength=256)
+    if whole:
+        four = Image.frombuffer("RGBA", (whole // 4, 1), flat[:whole], "raw", "RGBA", 0, 1)
+        counts += np.array(four.histogram(), dtype=np.int64).reshape(4, 256).sum(axis=0)
+    return counts
 
 
 def _border_mask(shape: Shape) -> npt.NDArray[np.bool_]:

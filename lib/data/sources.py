@@ -1,4 +1,4 @@
-"""Where images come from: one interface over IDX files, folders of pictures and torchvision."""
+"""Where images come from: one interface over IDX, Parquet, folders of pictures and torchvision."""
 
 from __future__ import annotations
 
@@ -60,14 +60,19 @@ class Source(Protocol):
         ...
 
 
-def find_source(spec: str, *, cache_dir: Path | None = None) -> Source:
-    """Return the source that `mnist`, a folder or `torchvision:NAME` means.
+def find_source(
+    spec: str, *, cache_dir: Path | None = None, class_names: tuple[str, ...] | None = None
+) -> Source:
+    """Return the source that `mnist`, a folder, a Parquet file or `torchvision:NAME` means.
 
-    A folder is a local path or a URI of a pyarrow file system. Raises DataError if there is none.
+    A folder is a local path or a URI of a pyarrow file system. `class_names` are those of the data
+    set that pictures or Parquet rows are for, where they need not have all of them. Raises
+    DataError if there is no source.
     """
     # Imported here: each of these modules builds on this one.
     from lib.data.folders import FolderSource, holds_class_folders
     from lib.data.idx import IdxSource, holds_idx_files
+    from lib.data.parquet_source import ParquetSource, parquet_files
 
     if spec.startswith("torchvision:"):
         from lib.data.torchvision_sets import TorchvisionSource
@@ -78,17 +83,26 @@ def find_source(spec: str, *, cache_dir: Path | None = None) -> Source:
     if spec == "mnist":
         return IdxSource.find(Storage(str(BUNDLED_MNIST)), name="mnist", requires_sums=True)
     try:
-        root = Storage(spec if "://" in spec else os.path.abspath(spec))
+        place = spec if "://" in spec else os.path.abspath(spec)
+        if place.endswith(".parquet"):
+            folder, _, file = place.rpartition("/")
+            return ParquetSource.find(
+                Storage(folder), name=place, only=file, class_names=class_names
+            )
+        root = Storage(place)
         if holds_idx_files(root):
             return IdxSource.find(root, name=root.uri)
+        if parquet_files(root):
+            return ParquetSource.find(root, name=root.uri, class_names=class_names)
         if holds_class_folders(root):
-            return FolderSource.find(root, name=root.uri)
+            return FolderSource.find(root, name=root.uri, class_names=class_names)
     except (OSError, StorageError) as error:
         raise DataError(f"source {spec!r} can't be read: {error}") from error
     raise DataError(
         f"source {spec!r}: no data set there. Give `mnist`, `torchvision:NAME`, or a folder with "
-        "the four IDX files (train-images-idx3-ubyte[.gz] …), or with one folder of PNG or JPEG "
-        "files per class (DIR/CLASS/*.png, or DIR/train/CLASS and DIR/test/CLASS)"
+        "the four IDX files (train-images-idx3-ubyte[.gz] …), with Parquet files (columns image "
+        "and label), or with one folder of PNG or JPEG files per class (DIR/CLASS/*.png, or "
+        "DIR/train/CLASS and DIR/test/CLASS)"
     )
 
 

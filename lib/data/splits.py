@@ -33,12 +33,17 @@ def stratified(labels: Labels, fraction: float, seed: int) -> npt.NDArray[np.boo
     """Choose `fraction` of the rows of every class, rounded, at least one and not all."""
     counts = np.bincount(labels)
     wanted = np.minimum(np.maximum(np.rint(counts * fraction), 1), np.maximum(counts - 1, 0))
-    order = np.lexsort((row_hash(labels.size, seed), labels))
-    sorted_labels = labels[order]
-    starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
-    rank_in_class = np.arange(labels.size) - starts[sorted_labels]
-    chosen = np.empty(labels.size, dtype=np.bool_)
-    chosen[order] = rank_in_class < wanted[sorted_labels]
+    hashes = row_hash(labels.size, seed)
+    chosen = np.zeros(labels.size, dtype=np.bool_)
+    # Hashes of different rows differ, so the smallest are the same in whatever order.
+    by_class = np.argsort(
+        labels.astype(np.uint16) if counts.size <= 2**16 else labels, kind="stable"
+    )
+    for rows, num in zip(
+        np.split(by_class, np.cumsum(counts)[:-1]), wanted.astype(int), strict=True
+    ):
+        if num:
+            chosen[rows[np.argpartition(hashes[rows], num - 1)[:num]]] = True
     return chosen
 
 

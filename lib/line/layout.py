@@ -7,18 +7,21 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import socket
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib.config import MAX_BODY_BYTES
+from lib.config import MAX_BODY_BYTES, MLFLOW_SECRETS, STORAGE_SECRETS
 from lib.errors import ConfigError, LineError
 from lib.line.ports import RANGE_SIZE, read_ports, variable
 from lib.line.processes import LINE_VARIABLE, PART_VARIABLE
+from lib.secrets import refuse_password
+from lib.watch.dashboards import embedding
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 PRIVATE = {
@@ -28,14 +31,26 @@ PRIVATE = {
 }
 """Nothing is reported to anyone."""
 
+_PASSED_ON = (
+    "RAYLINE_SERVE_API",
+    "RAYLINE_SERVE_URL",
+    "RAYLINE_TRIAL_LABELS",
+    "RAYLINE_TRIAL_GPUS",
+    "RAYLINE_SERVE_LABELS",
+)
+"""Settings of a cluster; where they are not given, jobs see what its nodes were started with."""
 # Of another cluster, or of the shell that a line was started from.
 _NOT_INHERITED = (
     "RAY_ADDRESS",
     "RAY_AUTH_TOKEN",
+    "RAYLINE_API_KEY",
     "RAY_NAMESPACE",
     "RAYLINE_PROVENANCE",
     "RAYLINE_MODEL",
     "PYTHONPATH",
+    # Secrets of who provisions; no part of the line needs them.
+    "GRAFANA_TOKEN",
+    "GRAFANA_PASSWORD",
 )
 
 
@@ -54,6 +69,12 @@ class Line:
     """MLFLOW_TRACKING_URI, if a server was given; else this line starts one."""
     storage_uri: str | None
     """RAYLINE_STORAGE, if given; else a folder in `home`."""
+    prometheus_url: str | None = None
+    """RAYLINE_PROMETHEUS_URL, if given; else this line starts one where it is installed."""
+    grafana_url: str | None = None
+    """GRAFANA_URL: the Grafana whose dashboards Ray's dashboard is to embed."""
+    passed_on: Mapping[str, str] = field(default_factory=dict)
+    """Settings of a cluster that were given, by variable."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Line:
@@ -73,17 +94,30 @@ class Line:
         )
         ray_url = (env.get("RAY_API_SERVER_ADDRESS") or "").rstrip("/")
         mlflow_url = (env.get("MLFLOW_TRACKING_URI") or "").rstrip("/")
+        given_ray = ray_url if ray_url not in {"", line.dashboard_url} else None
+        # Beside a cluster that was given this line starts none, so one at that address is given.
+        own_prometheus = line.own_prometheus_url if given_ray is None else ""
+        prometheus_url = (env.get("RAYLINE_PROMETHEUS_URL") or "").rstrip("/")
         return cls(
             home=home,
             ports=line.ports,
             host=line.host,
-            ray_url=ray_url if ray_url not in {"", line.dashboard_url} else None,
+            ray_url=given_ray,
             mlflow_url=mlflow_url if mlflow_url not in {"", line.tracking_uri} else None,
             storage_uri=line.storage_uri,
+            prometheus_url=prometheus_url if prometheus_url not in {"", own_prometheus} else None,
+            grafana_url=(env.get("GRAFANA_URL") or "").rstrip("/") or None,
+            passed_on={name: env[name] for name in _PASSED_ON if env.get(name)},
         )
 
     def __post_init__(self) -> None:
-        """Check that a cluster elsewhere can reach what it is given."""
+        """Check that a cluster elsewhere can reach what it is given, and that all may be told."""
+        for name, value, instead in (
+            ("RAY_API_SERVER_ADDRESS", self.ray_url, "RAY_AUTH_TOKEN_PATH"),
+            ("MLFLOW_TRACKING_URI", self.mlflow_url, MLFLOW_SECRETS),
+            ("RAYLINE_STORAGE", self.storage_uri, STORAGE_SECRETS),
+        ):
+            refuse_password(name, value or "", instead)
         if self.ray_url is None or _is_loopback(urlsplit(self.ray_url).hostname or ""):
             return
         for name, value in (
@@ -122,6 +156,17 @@ class Line:
         return self.mlflow_url or f"http://127.0.0.1:{self.ports['mlflow']}"
 
     @property
+    def own_prometheus_url(self) -> str:
+        """The Prometheus that this line starts, if it does."""
+        return f"http://127.0.0.1:{self.ports['prometheus']}"
+
+    @property
+    def starts_prometheus(self) -> bool:
+        """Whether this line starts a Prometheus: none was given, and the program is there."""
+        wanted = self.ray_url is None and self.prometheus_url is None
+        return wanted and shutil.which("prometheus") is not None
+
+    @property
     def storage(self) -> str:
         """The storage root."""
         return self.storage_uri or str(self.home / "storage")
@@ -129,6 +174,8 @@ class Line:
     @property
     def serve_url(self) -> str:
         """Where the models answer; a given cluster is taken to serve on its dashboard's host."""
+        if given := self.passed_on.get("RAYLINE_SERVE_URL"):
+            return given.rstrip("/")
         host = self.host if self.ray_url is None else urlsplit(self.ray_url).hostname
         return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{self.ports['http']}"
 
@@ -164,7 +211,14 @@ class Line:
             "RAYLINE_HTTP_PORT": str(self.ports["http"]),
             "RAYLINE_GRPC_PORT": str(self.ports["grpc"]),
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
+            **self._watch_env(),
+            **self.passed_on,
         }
+
+    def _watch_env(self) -> dict[str, str]:
+        url = self.own_prometheus_url if self.starts_prometheus else self.prometheus_url
+        # Without one, `lib.watch.prometheus` reads Ray's metrics directly.
+        return {"RAYLINE_PROMETHEUS_URL": url} if url else {}
 
     def client_env(self) -> dict[str, str]:
         """Return what a shell needs for `ray`, `serve`, `mlflow` and the jobs."""
@@ -220,7 +274,8 @@ class Line:
             "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(self.ports["replicas_grpc"] + RANGE_SIZE),
             "AUTOSCALER_METRIC_PORT": ports["autoscaler_metrics"],
             "DASHBOARD_METRIC_PORT": ports["dashboard_metrics"],
-            "RAY_PROMETHEUS_HOST": f"http://127.0.0.1:{ports['prometheus']}",
+            "RAY_PROMETHEUS_HOST": self.prometheus_url or self.own_prometheus_url,
+            **(embedding(self.grafana_url) if self.grafana_url else {}),
         }
 
     def prepare(self) -> None:

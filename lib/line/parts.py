@@ -20,6 +20,7 @@ from lib.line.layout import Line
 from lib.line.ports import RAY_PORTS, check_free
 from lib.line.processes import end, find
 from lib.serving.channel import channel_folder
+from lib.watch.alerts import rules
 
 _START_S = 120.0
 _RECOVER_S = 5.0
@@ -46,7 +47,7 @@ def parts(line: Line) -> list[Part]:
         wanted.append(_ray(line))
     if line.mlflow_url is None:
         wanted.append(_mlflow(line))
-    if line.ray_url is None and shutil.which("prometheus"):
+    if line.starts_prometheus:
         wanted.append(_prometheus(line))
     return wanted
 
@@ -175,6 +176,7 @@ def _write_prometheus_config(line: Line) -> None:
     # sessions, where it outlives a restart of Ray. JSON is YAML.
     config = {
         "global": {"scrape_interval": "10s", "evaluation_interval": "10s"},
+        "rule_files": [str(line.home / "alerts.yml")],
         "scrape_configs": [
             {
                 "job_name": "ray",
@@ -189,6 +191,7 @@ def _write_prometheus_config(line: Line) -> None:
         ],
     }
     (line.home / "prometheus.json").write_text(json.dumps(config, indent=2) + "\n")
+    (line.home / "alerts.yml").write_text(rules())
 
 
 def _is_up(line: Line, part: Part) -> bool:

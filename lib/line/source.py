@@ -10,7 +10,7 @@ from lib.errors import ConfigError
 
 BUNDLED = "mnist"
 _DOWNLOADED = "torchvision:"
-_PATH_FLAGS = {"--source", "--input", "--output"}
+_PATH_FLAGS = {"--source", "--input", "--output", "--uri"}
 
 
 def resolve_source(data: str) -> str:
@@ -37,7 +37,7 @@ def absolute_paths(arguments: Sequence[str]) -> list[str]:
     """
     result = list(arguments)
     for index, argument in enumerate(result[1:], start=1):
-        is_name = "://" in argument or argument == BUNDLED or argument.startswith(_DOWNLOADED)
+        is_name = ":/" in argument or argument == BUNDLED or argument.startswith(_DOWNLOADED)
         if result[index - 1] in _PATH_FLAGS and not is_name:
             result[index] = str(Path(argument).expanduser().resolve())
     return result

@@ -67,6 +67,29 @@ def predict_url(line: Line, model: str) -> str:
     return f"{line.serve_url}/predict" + ("" if is_default else f"/{model}")
 
 
+def write_report(line: Line, result: Mapping[str, Any]) -> Path:
+    """Write what a pipeline that did not deploy has found, as Markdown; return its path."""
+
+    def percent(name: str) -> str:
+        return f"{100 * float(result[name]):.2f} %"
+
+    rows = {
+        "model": result["model"],
+        "data": f"`{str(result['data_digest'])[:12]}`, {int(result['num_images']):,} images",
+        "search": f"{result['num_trials']} trials, run `{result['sweep_run_id']}`"
+        + (", of an earlier run" if result["sweep_reused"] else ""),
+        "registered": ", ".join(f"version {n}" for n in result["registered"]) or "nothing new",
+        "champion": f"version {result['champion']}: {percent('test_accuracy')} on test, "
+        f"{percent('val_accuracy')} on validation",
+        "time": f"{float(result['seconds']['total']):.0f} s",
+    }
+    lines = ["### Rayline: training", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    path = line.home / "report.md"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def text(line: Line, result: Mapping[str, Any], sample: Path, *, seconds: float) -> str:
     """Return the summary of a line that is up."""
     model = str(result["model"])
@@ -92,6 +115,7 @@ def text(line: Line, result: Mapping[str, Any], sample: Path, *, seconds: float)
         ("time", f"{seconds:.0f} s" + (f", reused: {', '.join(reused)}" if reused else "")),
         ("", ""),
         ("predict", predict),
+        ("console", line.serve_url),
         ("docs", f"{line.serve_url}/docs"),
         ("Ray dashboard", line.dashboard_url),
         ("MLflow", line.tracking_uri),
@@ -99,7 +123,7 @@ def text(line: Line, result: Mapping[str, Any], sample: Path, *, seconds: float)
     ]
     if line.ray_url is None:
         token = shlex.quote(str(line.home / "auth_token"))
-        rows.insert(9, ("", f"its token: cat {token}"))
+        rows.insert(10, ("", f"its token: cat {token}"))
         if (line.home / "prometheus").exists():
             rows.insert(-1, ("Prometheus", f"http://127.0.0.1:{line.ports['prometheus']}"))
     curl = f"curl -H 'Content-Type: image/png' --data-binary @{shlex.quote(str(sample))} {predict}"

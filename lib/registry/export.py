@@ -25,7 +25,7 @@ from mlflow.types import Schema, TensorSpec
 from lib.data.manifest import Manifest
 from lib.errors import RefusedError, RegistryError
 from lib.registry.evaluate import EVALUATION_BATCH, predict_all
-from lib.registry.models import PT2_PATH
+from lib.registry.models import PT2_PATH, Origin
 from lib.serving.bundle import ONNX_FILE
 from lib.serving.predictor import OnnxPredictor
 from lib.train.model import ConvNet, ModelConfig, Served
@@ -38,15 +38,17 @@ class Exported:
     """A model in MLflow's layout, in a local folder."""
 
     folder: Path
+    origin: Origin | None = None
+    """Of other people's models, which are ONNX alone."""
 
     @property
     def pt2_file(self) -> Path:
-        """The torch.export program."""
+        """The torch.export program, unless it has an origin."""
         return self.folder / PT2_PATH
 
     @property
     def onnx_file(self) -> Path:
-        """Its ONNX twin."""
+        """Its ONNX twin, or the only file."""
         return self.folder / ONNX_FILE
 
 
@@ -87,7 +89,7 @@ def export(
     shape = example_NHWC.shape[1:]
     with torch.no_grad():
         num_classes = served(torch.from_numpy(example_NHWC)).shape[1]
-    with _quiet():
+    with quiet():
         mlflow.pytorch.save_model(
             served,
             str(folder),
@@ -123,7 +125,7 @@ def check_equal(
     with the runtime that happens to serve it.
     """
     onnx_NK = predict_all(OnnxPredictor(exported.onnx_file), images_NHWC)
-    with _quiet():
+    with quiet():
         module = torch.export.load(exported.pt2_file).module()
     differing, largest = 0, 0.0
     for start in range(0, len(images_NHWC), EVALUATION_BATCH):
@@ -144,7 +146,7 @@ def check_equal(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what the exporters say about every model and nobody can act on."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
     levels = [logger.level for logger in loggers]

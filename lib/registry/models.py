@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +15,10 @@ from mlflow.exceptions import MlflowException
 
 from lib.config import Settings
 from lib.errors import RegistryError
+from lib.registry import gaps
+from lib.registry.gaps import Scores, Verdict
 from lib.registry.server import connect, download, explained
+from lib.serving import policy
 from lib.serving.bundle import CARD_FILE, ONNX_FILE, Card, bundle_path, write_bundle
 from lib.storage import Storage
 
@@ -27,12 +30,31 @@ TRIAL_TAG = "rayline.trial_run_id"
 """Also what makes registering twice find the version of the first time."""
 READY_TAG = "rayline.ready"
 """Set when a registration has done all it does: bundle published, aliases moved."""
+CREATED_TAG = "rayline.created_ms"
+"""When a restored version was first made: MLflow takes no time of creation."""
 _PAGE = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a model comes from that no sweep of Rayline trained."""
+
+    uri: str
+    """As it was given to `jobs.register`."""
+    sha256: str
+    """Over the model's files: what makes registering twice find the version of the first time."""
+    framework: str
+    owner: str | None
+    max_difference: float
+    """Of a probability, between the owner's model and what is served."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What registration found out about a trial; each field is a tag `rayline.…` of the version."""
+    """What registration found out about a trial; each field is a tag `rayline.…` of the version.
+
+    Fields with a default may lack their tag: older versions do.
+    """
 
     trial_run_id: str
     sweep_run_id: str
@@ -56,6 +78,18 @@ class Facts:
     """Where the runtimes were compared."""
     images_per_s: Mapping[str, Mapping[str, float]]
     """Runtime → batch size → images/s, when it was registered."""
+    owner: str | None = None
+    """Who trained it."""
+    framework: str = "rayline"
+    origin_uri: str | None = None
+    """Where it came from; None if a sweep of Rayline trained it."""
+    origin_sha256: str | None = None
+    """Over the files of the model that came from there."""
+
+    @property
+    def scores(self) -> Scores:
+        """The two accuracies that the generalisation guard compares."""
+        return Scores(val_accuracy=self.val_accuracy, test_accuracy=self.test_accuracy)
 
     def to_tags(self) -> dict[str, str]:
         """Return the tags of a version: text as it is, all else as JSON."""
@@ -87,6 +121,11 @@ class Version(Facts):
         """Its serving bundle, relative to the storage root."""
         return bundle_path(self.name, self.version, self.trial_run_id)
 
+    @property
+    def is_external(self) -> bool:
+        """Whether it came from elsewhere; it is kept as ONNX alone then."""
+        return self.origin_uri is not None
+
     def summary(self) -> dict[str, Any]:
         """Return what a job prints about a version, as JSON types."""
         return {
@@ -99,6 +138,9 @@ class Version(Facts):
             "gap": self.val_test_gap,
             "runtime": self.runtime,
             "bundle": self.bundle,
+            "framework": self.framework,
+            "owner": self.owner,
+            "origin": self.origin_uri,
         }
 
     @classmethod
@@ -108,6 +150,7 @@ class Version(Facts):
             facts = {
                 field.name: _decode(field.type, found.tags[f"rayline.{field.name}"])
                 for field in fields(Facts)
+                if f"rayline.{field.name}" in found.tags or field.default is MISSING
             }
         except (KeyError, ValueError) as error:
             raise RegistryError(
@@ -118,10 +161,49 @@ class Version(Facts):
             name=found.name,
             version=int(found.version),
             aliases=aliases,
-            created_ms=int(found.creation_timestamp),
+            created_ms=int(found.tags.get(CREATED_TAG, found.creation_timestamp)),
             ready=found.tags.get(READY_TAG) == "true",
             **facts,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Foreign:
+    """A version beside Rayline's that something else made, or whose tags were changed."""
+
+    version: int
+    aliases: tuple[str, ...]
+    why: str
+
+
+def survey(settings: Settings, name: str | None = None) -> tuple[list[Version], list[Foreign]]:
+    """Return a model's versions, oldest first, and those that Rayline can't read."""
+    client = connect(settings)
+    ours: list[Version] = []
+    foreign: list[Foreign] = []
+    with explained(settings, "listing versions"):
+        everything = _all_versions(client, name or settings.model)
+    for found, aliases in everything:
+        try:
+            ours.append(Version.from_mlflow(found, aliases))
+        except RegistryError as error:
+            foreign.append(Foreign(version=int(found.version), aliases=aliases, why=str(error)))
+    return ours, foreign
+
+
+def way_back(
+    settings: Settings,
+    storage: Storage,
+    known: Sequence[Version],
+    verdicts: Mapping[int, Verdict],
+) -> str:
+    """Return which version's gap held, and the command that makes it serve."""
+    served = policy.current(storage)
+    traffic = served.models.get(settings.model) if served else None
+    if traffic:
+        return gaps.way_back(verdicts, traffic.champion, traffic.previous_champion)
+    champion = next((v.version for v in known if CHAMPION in v.aliases), None)
+    return gaps.way_back(verdicts, champion, None)
 
 
 def versions(settings: Settings, name: str | None = None) -> list[Version]:
@@ -165,16 +247,31 @@ def ensure_bundle(settings: Settings, storage: Storage, version: Version) -> str
         return version.bundle
     client = connect(settings)
     with explained(settings, f"finding the files of version {version.version}"):
-        source = client.get_model_version_download_uri(version.name, str(version.version))
-        if source.startswith("models:/"):
-            source = client.get_logged_model(source.removeprefix("models:/")).artifact_location
+        source = model_location(client, version.name, version.version)
     with tempfile.TemporaryDirectory(prefix="rayline-bundle-") as folder:
-        onnx, pt2, card = (
-            download(settings, f"{source}/{path}", Path(folder)).read_bytes()
-            for path in (ONNX_FILE, PT2_PATH, CARD_FILE)
+        files = [ONNX_FILE, CARD_FILE, *([] if version.is_external else [PT2_PATH])]
+        onnx, card, *pt2 = (
+            download(settings, f"{source}/{path}", Path(folder)).read_bytes() for path in files
         )
     content = {**json.loads(card), "name": version.name, "version": version.version}
-    return write_bundle(storage, Card.from_json(content), onnx, pt2)
+    return write_bundle(storage, Card.from_json(content), onnx, pt2[0] if pt2 else None)
+
+
+def logged_model_id(version: ModelVersion) -> str | None:
+    """Return the id of the logged model that a version was made of.
+
+    MLflow's SQL store takes a version's `model_id` and does not keep it; the source says it too.
+    """
+    kind, _, model_id = str(version.source).partition("models:/")
+    return version.model_id or (model_id if not kind and model_id.startswith("m-") else None)
+
+
+def model_location(client: MlflowClient, name: str, version: int) -> str:
+    """Return the URI of the folder in which MLflow keeps a version's files."""
+    source = str(client.get_model_version_download_uri(name, str(version)))
+    if source.startswith("models:/"):
+        source = str(client.get_logged_model(source.removeprefix("models:/")).artifact_location)
+    return source
 
 
 def set_champion(settings: Settings, name: str, version: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from lib.cli import progress
 from lib.config import Settings
 from lib.data.loader import Split, read_splits
 from lib.data.manifest import Manifest
+from lib.errors import RefusedError
+from lib.registry import gaps
 from lib.registry.baseline import Baseline, check_against, ensure_baseline
 from lib.registry.evaluate import Evaluation, evaluate, predict_all
 from lib.registry.export import Exported, check_equal, export, load_served
-from lib.registry.models import Facts, Version, versions
+from lib.registry.models import Facts, Version, versions, way_back
 from lib.registry.runtime import Measured, measure_where_served
 from lib.registry.server import download
 from lib.registry.trials import Trial
@@ -34,8 +36,11 @@ EVALUATION_FILE = "evaluation.json"
 """Beside the model: the confusion matrix and all other numbers of the test split."""
 MODEL_NAME_TAG = "rayline.model"
 """On a logged model: the registered model that it was logged for."""
+REFUSED_TAG = "rayline.refused"
+"""On a trial's run: why a gate refused to make it a version."""
 _PROBE_IMAGES = 512
 _METRICS_PER_REQUEST = 500
+_TAG_LETTERS = 5000
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,53 +54,78 @@ class Publisher:
     _splits: Mapping[str, Split] = field(default_factory=dict, init=False)
     _baseline: Baseline | None = field(default=None, init=False)
 
-    def ensure_version(self, trial: Trial) -> Version:
+    def ensure_version(
+        self, trial: Trial, save: Callable[[Path], Exported] | None = None
+    ) -> Version:
         """Return the trial's version, made now if it has none.
 
-        Raises RefusedError if a gate refuses the trial; nothing of it is then left in MLflow.
+        `save` writes the model of a run that is no trial and has no checkpoint.
+
+        Raises RefusedError if a gate refuses the trial; the reason is then a tag of its run, and
+        nothing else of it is left in MLflow.
         """
         known = self._versions_of(trial)
         if known:
             progress("register", f"trial {trial.run_id} is version {known[0].version} already")
             return known[0]
         self._remove_leftovers(trial)
+        try:
+            return self._make_version(trial, save)
+        except RefusedError as error:
+            self.client.set_tag(trial.run_id, REFUSED_TAG, str(error)[:_TAG_LETTERS])
+            raise
+
+    def _make_version(self, trial: Trial, save: Callable[[Path], Exported] | None) -> Version:
         with tempfile.TemporaryDirectory(prefix="rayline-register-") as folder:
-            start_s = time.monotonic()
-            checkpoint = download(self.settings, trial.checkpoint_uri, Path(folder))
-            example_NHWC = self._split("test").images_NHWC[:2].copy()
-            served = load_served(checkpoint, self.manifest)
-            exported = export(served, example_NHWC, Path(folder) / "model", trial.run_id)
-            seconds = time.monotonic() - start_s
-            progress("register", f"trial {trial.run_id}: exported in {seconds:.1f} s")
+            exported = save(Path(folder)) if save else self._export(trial, Path(folder))
             facts, evaluation = self._measure(trial, exported)
+            self._check_gap(facts)
             self._write_descriptions(exported, facts, evaluation)
             model_id = self._log_model(trial, exported)
         self._log_metrics(trial, model_id, facts, evaluation)
         return self._create_version(trial, model_id, facts)
+
+    def _export(self, trial: Trial, folder: Path) -> Exported:
+        start_s = time.monotonic()
+        checkpoint = download(self.settings, trial.checkpoint_uri, folder)
+        example_NHWC = self.split("test").images_NHWC[:2].copy()
+        served = load_served(checkpoint, self.manifest)
+        exported = export(served, example_NHWC, folder / "model", trial.run_id)
+        seconds = time.monotonic() - start_s
+        progress("register", f"trial {trial.run_id}: exported in {seconds:.1f} s")
+        return exported
 
     def _versions_of(self, trial: Trial) -> list[Version]:
         return [
             version for version in versions(self.settings) if version.trial_run_id == trial.run_id
         ]
 
-    def _split(self, name: str) -> Split:
+    def split(self, name: str) -> Split:
+        """Return the validation or the test split."""
         if not self._splits:
             progress("register", "reading the validation and test splits")
             self._splits = read_splits(self.storage, self.manifest, ["val", "test"])
         return self._splits[name]
 
     def _measure(self, trial: Trial, exported: Exported) -> tuple[Facts, Evaluation]:
-        names, val, test = self.manifest.class_names, self._split("val"), self._split("test")
+        names, val, test = self.manifest.class_names, self.split("val"), self.split("test")
         if self._baseline is None:
             self._baseline = ensure_baseline(self.storage, self.manifest)
         onnx = OnnxPredictor(exported.onnx_file)
         on_val = evaluate(val.labels_N, predict_all(onnx, val.images_NHWC), names)
         check_against(self._baseline, on_val.accuracy, trial.run_id)
-        probabilities_NK, difference = check_equal(exported, test.images_NHWC, trial.run_id)
+        origin = exported.origin
+        if origin is None:
+            probabilities_NK, difference = check_equal(exported, test.images_NHWC, trial.run_id)
+        else:
+            probabilities_NK, difference = (
+                predict_all(onnx, test.images_NHWC),
+                origin.max_difference,
+            )
         on_test = evaluate(test.labels_N, probabilities_NK, names)
         speed = measure_where_served(
             exported.onnx_file.read_bytes(),
-            exported.pt2_file.read_bytes(),
+            exported.pt2_file.read_bytes() if origin is None else None,
             test.images_NHWC[:_PROBE_IMAGES],
         )
         facts = Facts(
@@ -115,9 +145,28 @@ class Publisher:
             runtime=speed.fastest,
             device=speed.device,
             images_per_s=speed.rounded(),
+            owner=origin.owner if origin else trial.owner,
+            framework=origin.framework if origin else "rayline",
+            origin_uri=origin.uri if origin else None,
+            origin_sha256=origin.sha256 if origin else None,
         )
         _report(facts, speed)
         return facts, on_test
+
+    def _check_gap(self, facts: Facts) -> None:
+        known = [v for v in versions(self.settings) if v.data_digest == facts.data_digest]
+        rows = {f"{split}_rows": self.manifest.rows(split) for split in ("val", "test")}
+        verdict = gaps.judge(facts.scores, [version.scores for version in known], **rows)
+        if verdict.holds:
+            return
+        said = f"trial {facts.trial_run_id}: {verdict.explain()}"
+        if not known:
+            progress("register", f"WARNING: {said}; as the first on this data it sets the measure")
+            return
+        verdicts = gaps.judge_all({v.version: v.scores for v in known}, **rows)
+        raise RefusedError(
+            f"{said}, so it is refused; {way_back(self.settings, self.storage, known, verdicts)}"
+        )
 
     def _write_descriptions(self, exported: Exported, facts: Facts, on_test: Evaluation) -> None:
         manifest = self.manifest
@@ -145,6 +194,8 @@ class Publisher:
         # checked would not be what is stored; and it works through process-wide state.
         client = self.client
         run = client.get_run(trial.run_id)
+        if REFUSED_TAG in run.data.tags:
+            client.delete_tag(trial.run_id, REFUSED_TAG)
         logged = client.create_logged_model(
             trial.experiment_id,
             name="model",
@@ -246,7 +297,8 @@ def _report(facts: Facts, speed: Measured) -> None:
     progress(
         "register",
         f"trial {facts.trial_run_id}: accuracy {facts.val_accuracy:.4f} on validation, "
-        f"{facts.test_accuracy:.4f} on test; torch and ONNX give the same labels",
+        f"{facts.test_accuracy:.4f} on test"
+        + ("" if facts.origin_uri else "; torch and ONNX give the same labels"),
     )
     rates = "; ".join(
         f"{name} " + ", ".join(f"{rate:,.0f} at batch {size}" for size, rate in sizes.items())

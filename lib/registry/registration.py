@@ -5,7 +5,7 @@ Every step can be interrupted: the next `register` of the same sweep goes on whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from mlflow import MlflowClient
 
@@ -13,6 +13,9 @@ from lib.cli import progress
 from lib.config import Settings
 from lib.data.manifest import Manifest
 from lib.errors import RefusedError, RegistryError
+from lib.registry.external import fetched, save, understand
+from lib.registry.external_runs import as_trial, closed_run, ensure_run, owner_of
+from lib.registry.gaps import too_weak_to_challenge
 from lib.registry.models import (
     CHALLENGER,
     CHAMPION,
@@ -26,6 +29,9 @@ from lib.registry.server import connect, explained
 from lib.registry.trials import ranked_trials
 from lib.serving.bundle import bundle_path
 from lib.storage import Storage
+
+WEAK_TAG = "rayline.no_challenger"
+"""On a version: why its registration did not make it challenger."""
 
 
 def register(
@@ -66,37 +72,99 @@ def register(
                 continue
             ensure_bundle(settings, storage, version)
             registered.append(version)
-        _complete(client, settings, registered)
+        _complete(client, settings, manifest, registered)
         by_number = {version.version: version for version in versions(settings)}
     return [by_number[version.version] for version in registered]
 
 
-def choose_aliases(pending: Sequence[int], champion: int | None) -> dict[str, int]:
+def register_external(
+    settings: Settings, storage: Storage, manifest: Manifest, uri: str, *, trust_code: bool = False
+) -> Version:
+    """Make an MLflow model that someone else trained a version, through the same gates.
+
+    The same model on the same data keeps its version. Raises RefusedError with the reason;
+    `trust_code` allows models that are pickles.
+    """
+    bundle_path(settings.model, 1, "")
+    client = connect(settings)
+    with fetched(settings, uri) as model, explained(settings, f"registering {uri}"):
+        publisher = Publisher(settings=settings, storage=storage, manifest=manifest, client=client)
+        run = ensure_run(client, settings, manifest, model)
+        known = [version for version in versions(settings) if version.run_id == run.info.run_id]
+        if known:
+            progress("register", f"{uri} is version {known[0].version} already")
+            version = known[0]
+        else:
+            with closed_run(client, run.info.run_id):
+                understood = understand(
+                    model, manifest, publisher.split("val"), trust_code=trust_code
+                )
+                version = publisher.ensure_version(
+                    as_trial(run, understood),
+                    lambda folder: save(
+                        understood, model, manifest, owner_of(run), folder / "model"
+                    ),
+                )
+        ensure_bundle(settings, storage, version)
+        _complete(client, settings, manifest, [version])
+        by_number = {version.version: version for version in versions(settings)}
+    return by_number[version.version]
+
+
+def choose_aliases(
+    pending: Sequence[int], champion: int | None, weak: Collection[int] = ()
+) -> dict[str, int]:
     """Return which aliases a registration sets.
 
     Args:
         pending: Versions whose registration is not complete, best first.
         champion: The version that is champion now.
+        weak: Versions too far below the champion to challenge it.
     """
     aliases: dict[str, int] = {}
     if champion is None and pending:
         champion = aliases[CHAMPION] = pending[0]
-    challengers = [number for number in pending if number != champion]
+    challengers = [number for number in pending if number != champion and number not in weak]
     if challengers:
         aliases[CHALLENGER] = challengers[0]
     return aliases
 
 
-def _complete(client: MlflowClient, settings: Settings, registered: Sequence[Version]) -> None:
+def _complete(
+    client: MlflowClient, settings: Settings, manifest: Manifest, registered: Sequence[Version]
+) -> None:
     pending = [version.version for version in registered if not version.ready]
     if not pending:
         return
     current = client.get_registered_model(settings.model).aliases
     champion = int(current[CHAMPION]) if CHAMPION in current else None
-    for alias, number in choose_aliases(pending, champion).items():
+    weak = _weak(settings, manifest, pending, pending[0] if champion is None else champion)
+    for number, why in weak.items():
+        progress("register", f"{settings.model} version {number} is no challenger: {why}")
+        client.set_model_version_tag(settings.model, str(number), WEAK_TAG, why)
+    for alias, number in choose_aliases(pending, champion, weak).items():
         client.set_registered_model_alias(settings.model, alias, str(number))
         progress("register", f"{settings.model} version {number} is now {alias}")
     # Last: until then, the next registration of the sweep sets the aliases again; afterwards
     # it leaves alone what people or a rollout have decided since.
     for number in pending:
         client.set_model_version_tag(settings.model, str(number), READY_TAG, "true")
+
+
+def _weak(
+    settings: Settings, manifest: Manifest, pending: Sequence[int], champion: int
+) -> dict[int, str]:
+    """Return which pending versions are too weak to challenge the champion, and why.
+
+    A champion measured on other data says nothing about them.
+    """
+    known = {version.version: version for version in versions(settings)}
+    if champion not in known or known[champion].data_digest != manifest.digest:
+        return {}
+    standing, rows = known[champion].test_accuracy, manifest.rows("test")
+    found = {
+        number: too_weak_to_challenge(known[number].test_accuracy, standing, rows)
+        for number in pending
+        if number != champion
+    }
+    return {number: why for number, why in found.items() if why}

@@ -55,25 +55,27 @@ class Measured:
         }
 
 
-def measure(onnx: bytes, pt2: bytes, probe_NHWC: npt.NDArray[np.uint8]) -> Measured:
-    """Time both runtimes in this process, on its GPU if it has one."""
+def measure(onnx: bytes, pt2: bytes | None, probe_NHWC: npt.NDArray[np.uint8]) -> Measured:
+    """Time the runtimes there is a file for in this process, on its GPU if it has one."""
     num_threads = torch.get_num_threads()
     try:
         with tempfile.TemporaryDirectory(prefix="rayline-runtime-") as folder:
             onnx_file, pt2_file = Path(folder) / ONNX_FILE, Path(folder) / PT2_FILE
             onnx_file.write_bytes(onnx)
-            pt2_file.write_bytes(pt2)
-            return _compare(
-                {"onnxruntime": OnnxPredictor(onnx_file), "torch": TorchPredictor(pt2_file)},
-                probe_NHWC,
-            )
+            predictors: dict[str, Predictor] = {"onnxruntime": OnnxPredictor(onnx_file)}
+            if pt2 is not None:
+                pt2_file.write_bytes(pt2)
+                predictors["torch"] = TorchPredictor(pt2_file)
+            return _compare(predictors, probe_NHWC)
     finally:
         torch.set_num_threads(num_threads)
 
 
-def measure_where_served(onnx: bytes, pt2: bytes, probe_NHWC: npt.NDArray[np.uint8]) -> Measured:
-    """Time both runtimes on a GPU of the cluster if it has one, else here on the CPU."""
-    if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0:
+def measure_where_served(
+    onnx: bytes, pt2: bytes | None, probe_NHWC: npt.NDArray[np.uint8]
+) -> Measured:
+    """Time the runtimes on a GPU of the cluster if it has one, else here on the CPU."""
+    if pt2 is not None and ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0:
         task = ray.remote(num_gpus=_GPU_SHARE, num_cpus=0)(measure).remote(onnx, pt2, probe_NHWC)
         ready, _ = ray.wait([task], timeout=_GPU_WAIT_S)
         if ready:

@@ -54,6 +54,9 @@ def download(settings: Settings, artifact_uri: str, folder: Path) -> Path:
     with explained(settings, f"reading {artifact_uri}"):
         return Path(
             mlflow.artifacts.download_artifacts(
-                artifact_uri=artifact_uri, dst_path=str(folder), tracking_uri=settings.mlflow_uri
+                artifact_uri=artifact_uri,
+                dst_path=str(folder),
+                tracking_uri=settings.mlflow_uri,
+                registry_uri=settings.mlflow_uri,
             )
         )

@@ -1,236 +1,408 @@
 """How a sweep is recorded in MLflow: one parent run, one child run a trial.
 
-After the parent run's start everything is written by a background thread, in order, so that the
-search never waits for the server.
+After the parent run's start everything is written by a background thread, so that the search never
+waits for the server. What the server did not take is in the sweep's journal, and is sent again
+when it answers, or by the sweep that is resumed. Sending twice changes nothing: a point has the
+time stamp of its event, and a trial's run is looked up before it is created.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import queue
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 
 from lib import provenance
 from lib.cli import progress
-from lib.config import Preset, Settings
+from lib.config import Settings
 from lib.data.manifest import Manifest, manifest_path
 from lib.errors import RegistryError
 from lib.registry.server import connect, explained
-from lib.registry.trials import CHECKPOINT_PATH
 from lib.storage import Storage
 
 PACKAGES = ("ray", "torch", "torchvision", "mlflow", "optuna", "numpy", "pyarrow")
 """Packages whose version can change what a trial learns; recorded on every run."""
-METRICS = ("train_loss", "val_loss", "val_accuracy", "lr", "images_per_s")
-"""Recorded at every epoch of a trial."""
-_FLUSH_TIMEOUT_S = 120
+_BATCH = 500
+"""Metrics in one request; MLflow takes at most 1,000."""
+_AWAY_S = 10.0
+"""At the end of a sweep: how long a server that does not answer is waited for."""
+_STALL_S = 120.0
+"""At the end of a sweep: how long a server that answers may take for one trial."""
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_PERMANENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepRun:
+    """The parent run of a sweep, and what all of its trials' runs carry."""
+
+    run_id: str
+    experiment_id: str
+    tags: Mapping[str, str]
+
+
+@dataclass(kw_only=True, slots=True)
+class Ending:
+    """How a trial ended, for its run."""
+
+    status: str
+    """MLflow's: FINISHED, FAILED or KILLED."""
+    why: str
+    metrics: Mapping[str, float]
+    """Of its best epoch: MLflow shows a metric's last value, so they are written last."""
+    best_epoch: int
+    epoch: int
+    time_ms: int
+    files: Mapping[str, Callable[[], bytes | None]]
+    """Path among the run's artifacts → what reads the file; None if there is none."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Unsent:
+    name: str = ""
+    params: list[Param] = field(default_factory=list)
+    metrics: list[Metric] = field(default_factory=list)
+    tags: list[RunTag] = field(default_factory=list)
+    ending: Ending | None = None
+
+    def add(self, newer: _Unsent) -> None:
+        """Take in what came meanwhile."""
+        self.name = self.name or newer.name
+        self.params += newer.params
+        self.metrics += newer.metrics
+        self.tags += newer.tags
+        self.ending = newer.ending or self.ending
 
 
 def start_sweep(
     settings: Settings,
     storage: Storage,
-    manifest: Manifest,
-    preset: Preset,
+    *,
+    name: str,
+    manifest: Manifest | None,
+    tags: Mapping[str, str],
     facts: Mapping[str, Any],
-) -> SweepRecord:
+    experiment: Mapping[str, Any],
+) -> SweepRun:
     """Open the parent run of a sweep in the experiment `rayline/<model name>`.
 
-    `facts` are further parameters worth recording, such as the sampler and the resources of a
-    trial. Raises RegistryError if MLflow can't be reached.
+    `facts` become parameters of the sweep, `tags` are on its trials too, and `experiment`, all that
+    was asked for, becomes an artifact. Raises RegistryError if MLflow can't be reached.
     """
-    # The end of every trial's run would print two lines.
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    client = connect(settings)
-    name = f"rayline/{settings.model}"
-    tags = _common_tags(manifest, preset)
+    client = _connect(settings)
+    group = f"rayline/{settings.model}"
+    common = {**_common_tags(manifest), **tags}
     with explained(settings, "starting the record of a sweep"):
-        found = client.get_experiment_by_name(name)
-        experiment_id = found.experiment_id if found else client.create_experiment(name)
+        found = client.get_experiment_by_name(group)
+        experiment_id = found.experiment_id if found else client.create_experiment(group)
         run = client.create_run(
             experiment_id,
-            run_name=f"sweep-{preset.name}-{time.strftime('%Y%m%d-%H%M%S')}",
-            tags={**tags, "rayline.kind": "sweep"},
+            run_name=f"sweep-{name}-{time.strftime('%Y%m%d-%H%M%S')}",
+            tags={**common, "rayline.kind": "sweep"},
         )
         run_id = run.info.run_id
-        params = _params({**asdict(preset), **facts})
-        client.log_batch(run_id, params=params)
-        client.log_inputs(run_id, [_dataset_input(storage, manifest)])
+        client.log_batch(run_id, params=_params(facts))
+        client.log_text(run_id, json.dumps(experiment, indent=2), "experiment.json")
+        if manifest is not None:
+            client.log_inputs(run_id, [_dataset_input(storage, manifest)])
         diff = provenance.current().diff
         if diff:
             client.log_text(run_id, diff, "provenance/uncommitted.patch")
-    return SweepRecord(settings, experiment_id, run_id, tags)
+    return SweepRun(run_id=run_id, experiment_id=experiment_id, tags=common)
+
+
+def reopen_sweep(settings: Settings, sweep_run_id: str) -> SweepRun:
+    """Return the run of a sweep that goes on; raise RegistryError if MLflow has none such."""
+    client = _connect(settings)
+    with explained(settings, f"looking up sweep {sweep_run_id}"):
+        run = client.get_run(sweep_run_id)
+        client.update_run(sweep_run_id, status="RUNNING")
+    common = {
+        name: value
+        for name, value in run.data.tags.items()
+        if (name.startswith("rayline.") and name not in ("rayline.kind", "rayline.record_complete"))
+        or name in ("mlflow.source.git.commit", "mlflow.user")
+    }
+    return SweepRun(run_id=sweep_run_id, experiment_id=run.info.experiment_id, tags=common)
 
 
 class SweepRecord:
-    """The runs of one sweep. Its methods return at once; `close` waits for what is unwritten.
+    """Writes the runs of one sweep. Its methods return at once; `close` waits for what is unsent.
 
-    An error of MLflow is said at once and never stops a trial; `check` raises if any happened.
-    Can be pickled: a restored sweep goes on writing to the same runs.
+    Args:
+        settings: Where MLflow is.
+        sweep: The parent run.
+        run_ids: Trials whose run is known already.
+        noted: Called from the writer's thread with (trial, run id) when a run is there, and with
+            (trial, None) when all of an ended trial is in MLflow.
+        look_up: Whether an earlier driver may have opened runs that are not in `run_ids`.
     """
 
     def __init__(
-        self, settings: Settings, experiment_id: str, sweep_run_id: str, tags: Mapping[str, str]
+        self,
+        settings: Settings,
+        sweep: SweepRun,
+        *,
+        run_ids: Mapping[int, str],
+        noted: Callable[[int, str | None], None],
+        look_up: bool = False,
     ) -> None:
-        self.sweep_run_id = sweep_run_id
-        self.run_ids: dict[str, str] = {}
-        """Trial → run."""
-        self.params: dict[str, dict[str, Any]] = {}
-        """Trial → its parameters."""
-        self.best: dict[str, tuple[float, int]] = {}
-        """Trial → highest validation accuracy, of which there is a checkpoint, and its epoch."""
-        self._ended: set[str] = set()
         self._settings = settings
-        self._experiment_id = experiment_id
-        self._tags = dict(tags)
-        self._start_thread()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process."""
-        state = dict(self.__dict__)
-        for name in ("_client", "_queue", "_errors", "_thread"):
-            del state[name]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Go on with a thread of this process."""
-        self.__dict__.update(state)
-        self._start_thread()
-
-    def trial_started(self, trial: str, name: str, params: Mapping[str, Any]) -> None:
-        """Open a trial's run; a trial that was restored keeps the run it has."""
-        self.params[trial] = dict(params)
-
-        def write() -> None:
-            if trial in self.run_ids:
-                return
-            tags = {
-                **self._tags,
-                "rayline.kind": "trial",
-                "rayline.trial": trial,
-                "mlflow.parentRunId": self.sweep_run_id,
-            }
-            run = self._client.create_run(self._experiment_id, run_name=name, tags=tags)
-            self.run_ids[trial] = run.info.run_id
-            self._client.log_batch(run.info.run_id, params=_params(params))
-
-        self._queue.put(write)
-
-    def trial_reported(self, trial: str, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Record an epoch, in one request."""
-        values = {name: float(metrics[name]) for name in METRICS if name in metrics}
-        timestamp_ms = _now_ms()
-
-        def write() -> None:
-            self._log(trial, values, epoch, timestamp_ms)
-
-        self._queue.put(write)
-
-    def trial_improved(self, trial: str, epoch: int, val_accuracy: float, model: bytes) -> None:
-        """Keep the model file of a trial's best epoch so far, in place of the one before."""
-        self.best[trial] = (val_accuracy, epoch)
-        folder, _, name = CHECKPOINT_PATH.rpartition("/")
-
-        def write() -> None:
-            with tempfile.TemporaryDirectory(prefix="rayline-") as place:
-                file = Path(place) / name
-                file.write_bytes(model)
-                self._client.log_artifact(self.run_ids[trial], str(file), folder)
-
-        self._queue.put(write)
-
-    def trial_ended(self, trial: str, epoch: int, why: str, *, failed: bool = False) -> None:
-        """Close a trial's run: FINISHED if it left a model, KILLED if it came to none."""
-        if trial in self._ended:
-            return
-        self._ended.add(trial)
-        best = self.best.get(trial)
-        status = "FAILED" if failed else "KILLED" if best is None else "FINISHED"
-        timestamp_ms = _now_ms()
-
-        def write() -> None:
-            if best is not None:
-                # MLflow shows a metric's last value: let that be the best epoch's, which the
-                # checkpoint is of.
-                values = {"val_accuracy": best[0], "epoch": float(best[1])}
-                self._log(trial, values, epoch, timestamp_ms)
-            self._client.set_tag(self.run_ids[trial], "rayline.ended", why[:500])
-            self._client.set_terminated(self.run_ids[trial], status)
-
-        self._queue.put(write)
-
-    def flush(self) -> None:
-        """Wait until all that was recorded so far is written, or the deadline has passed."""
-        written = threading.Event()
-        self._queue.put(written.set)
-        if not written.wait(_FLUSH_TIMEOUT_S):
-            self._errors.append(f"MLflow took more than {_FLUSH_TIMEOUT_S} s to write the rest")
-
-    def close(self, metrics: Mapping[str, float], *, failed: bool) -> None:
-        """Write what is left and close the sweep's run. `check` tells whether all was written."""
-        timestamp_ms = _now_ms()
-        # Where the sweep itself failed, no trial was told that it is over.
-        for trial in self.params.keys() - self._ended:
-            self.trial_ended(trial, 0, "the sweep ended without it")
-
-        def write() -> None:
-            values = [Metric(name, value, timestamp_ms, 0) for name, value in metrics.items()]
-            tags = [RunTag("rayline.record_complete", str(not self._errors).lower())]
-            self._client.log_batch(self.sweep_run_id, metrics=values, tags=tags)
-            self._client.set_terminated(self.sweep_run_id, "FAILED" if failed else "FINISHED")
-
-        self._queue.put(write)
-        self.flush()
-        self._queue.put(None)
-
-    def check(self) -> None:
-        """Raise RegistryError if any write failed since the start."""
-        if self._errors:
-            raise RegistryError(
-                f"the record of sweep {self.sweep_run_id} at {self._settings.mlflow_uri} is "
-                f"incomplete: {self._errors[0]} ({len(self._errors)} writes failed); look at the "
-                "MLflow server, then run jobs.tune again"
-            )
-
-    def _start_thread(self) -> None:
-        self._client: MlflowClient = connect(self._settings)
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._sweep = sweep
+        self._run_ids = dict(run_ids)
+        self._noted = noted
+        self._look_up = look_up
+        self._client: MlflowClient = _connect(settings)
+        # MLflow's own retries hold a call for minutes, and may open a run twice. The record has
+        # its own.
+        self._retries = os.environ.get(_RETRIES)
+        os.environ[_RETRIES] = "0"
+        self._changed = threading.Condition()
+        self._unsent: dict[int, _Unsent] = {}
         self._errors: list[str] = []
+        self._busy = self._closing = False
+        self._away_since_s: float | None = None
+        self._last_success_s = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
         self._thread.start()
 
-    def _work(self) -> None:
-        while (write := self._queue.get()) is not None:
+    def started(self, trial: int, params: Mapping[str, Any]) -> None:
+        """Open a trial's run."""
+        self._put(trial, _Unsent(name=f"trial-{trial + 1}", params=_params(params)))
+
+    def changed(self, trial: int, epoch: int, params: Mapping[str, Any]) -> None:
+        """Record that a trial goes on with other parameters; MLflow's can't change."""
+        tag = RunTag(f"rayline.params_after_epoch_{epoch}", json.dumps(dict(params)))
+        self._put(trial, _Unsent(tags=[tag]))
+
+    def reported(self, trial: int, epoch: int, metrics: Mapping[str, float], time_ms: int) -> None:
+        """Record an epoch."""
+        points = [Metric(name, value, time_ms, epoch) for name, value in metrics.items()]
+        self._put(trial, _Unsent(metrics=points))
+
+    def ended(self, trial: int, ending: Ending) -> None:
+        """Close a trial's run."""
+        self._put(trial, _Unsent(ending=ending))
+
+    def close(
+        self, metrics: Mapping[str, float], *, failed: bool, files: Mapping[str, str]
+    ) -> None:
+        """Write what is left and close the sweep's run. `check` tells whether all was written.
+
+        `files` are texts for the sweep's run, by their path among its artifacts.
+        """
+        self._drain()
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if not self._unsent and self._away_since_s is None:
             try:
-                write()
-            # Whatever it is, the search goes on, and the loss is said here and by `check`.
+                self._finish(metrics, failed=failed, files=files)
+            # Whatever it is, the loss is said here and by `check`.
             except Exception as error:
-                message = f"{type(error).__name__}: {error}"
-                if message not in self._errors:
-                    progress("tracking", f"WARNING: MLflow did not take a record: {message}")
-                self._errors.append(message)
+                self._fail(error)
+        os.environ.pop(_RETRIES, None)
+        if self._retries is not None:
+            os.environ[_RETRIES] = self._retries
 
-    def _log(self, trial: str, values: Mapping[str, float], epoch: int, timestamp_ms: int) -> None:
-        metrics = [Metric(name, value, timestamp_ms, epoch) for name, value in values.items()]
-        self._client.log_batch(self.run_ids[trial], metrics=metrics)
+    def _finish(
+        self, metrics: Mapping[str, float], *, failed: bool, files: Mapping[str, str]
+    ) -> None:
+        run_id, now_ms = self._sweep.run_id, int(time.time() * 1000)
+        for path, text in files.items():
+            self._client.log_text(run_id, text, path)
+        self._client.log_batch(
+            run_id,
+            metrics=[Metric(name, value, now_ms, 0) for name, value in metrics.items()],
+            tags=[RunTag("rayline.record_complete", str(not self._errors).lower())],
+        )
+        self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+    def attach(self, files: Mapping[str, bytes]) -> None:
+        """Add to the sweep's run, also after its end, what it is whole without.
+
+        `files` are by their path among the run's artifacts. What MLflow does not take is said.
+        """
+        try:
+            self._client = connect(self._settings)
+            for path, content in files.items():
+                self._upload(self._sweep.run_id, path, content)
+        # Whatever it is, nothing that counts is lost.
+        except Exception as error:
+            progress("tracking", f"WARNING: MLflow did not take {', '.join(files)}: {_told(error)}")
+
+    def check(self) -> None:
+        """Raise RegistryError if anything was not written."""
+        where = f"the record of sweep {self._sweep.run_id} at {self._settings.mlflow_uri}"
+        if self._unsent or self._away_since_s is not None:
+            raise RegistryError(
+                f"{where} is incomplete: MLflow does not answer, and {len(self._unsent)} trials "
+                "are not all in it; nothing is lost: start MLflow, then run "
+                f"jobs.tune --resume {self._sweep.run_id}, which sends the rest"
+            )
+        if self._errors:
+            raise RegistryError(
+                f"{where} is incomplete: {self._errors[0]} ({len(self._errors)} writes failed); "
+                "look at the MLflow server, then run jobs.tune again"
+            )
+
+    def _put(self, trial: int, newer: _Unsent) -> None:
+        with self._changed:
+            self._unsent.setdefault(trial, _Unsent()).add(newer)
+            self._changed.notify_all()
+
+    def _drain(self) -> None:
+        """Wait until all is sent, or there is no hope for it now."""
+        self._last_success_s = time.monotonic()
+        while True:
+            with self._changed:
+                if not self._unsent and not self._busy:
+                    return
+                self._changed.wait(0.2)
+                now_s = time.monotonic()
+                away_s = now_s - self._away_since_s if self._away_since_s else 0.0
+                if away_s > _AWAY_S or now_s - self._last_success_s > _STALL_S:
+                    return
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._unsent:
+                    if self._closing:
+                        return
+                    self._changed.wait()
+                if self._closing and self._away_since_s is not None:
+                    return
+                trial = next(iter(self._unsent))
+                unsent = self._unsent.pop(trial)
+                self._busy = True
+            sent = self._attempt(trial, unsent)
+            with self._changed:
+                self._busy = False
+                if not sent:
+                    newer = self._unsent.pop(trial, _Unsent())
+                    unsent.add(newer)
+                    self._unsent = {trial: unsent, **self._unsent}
+                    # No other trial would fare better. It ends early when the sweep does.
+                    self._changed.wait_for(lambda: self._closing, timeout=1.0)
+                self._changed.notify_all()
+
+    def _attempt(self, trial: int, unsent: _Unsent) -> bool:
+        """Send; return False if it is to be tried again."""
+        try:
+            if self._away_since_s is not None:
+                self._client = connect(self._settings)
+            self._send(trial, unsent)
+        # Whatever it is, the search goes on, and the loss is said here and by `check`.
+        except Exception as error:
+            if isinstance(error, MlflowException) and error.error_code in _PERMANENT:
+                self._fail(error)
+                return True
+            # The server may have opened a run and died before it said so.
+            self._look_up = True
+            if self._away_since_s is None:
+                self._away_since_s = time.monotonic()
+                progress("tracking", f"WARNING: MLflow did not take a record, kept: {_told(error)}")
+            return False
+        if self._away_since_s is not None:
+            progress("tracking", "MLflow answers again")
+        self._away_since_s, self._last_success_s = None, time.monotonic()
+        return True
+
+    def _send(self, trial: int, unsent: _Unsent) -> None:
+        run_id = self._run_ids.get(trial) or self._open(trial, unsent)
+        ending = unsent.ending
+        metrics, tags = list(unsent.metrics), list(unsent.tags)
+        if ending is not None:
+            metrics += [
+                Metric(name, value, ending.time_ms, ending.epoch)
+                for name, value in {**ending.metrics, "epoch": float(ending.best_epoch)}.items()
+                if ending.metrics
+            ]
+            tags.append(RunTag("rayline.ended", ending.why[:500]))
+            tags.append(RunTag("rayline.epochs_trained", str(ending.epoch)))
+            tags.append(RunTag("rayline.best_epoch", str(ending.best_epoch)))
+        for start in range(0, max(1, len(metrics)), _BATCH):
+            first = start == 0
+            self._client.log_batch(
+                run_id,
+                metrics=metrics[start : start + _BATCH],
+                params=unsent.params if first else [],
+                tags=tags if first else [],
+            )
+        if ending is not None:
+            for path, read in ending.files.items():
+                self._upload(run_id, path, read())
+            self._client.set_terminated(run_id, ending.status, end_time=ending.time_ms)
+            self._noted(trial, None)
+
+    def _open(self, trial: int, unsent: _Unsent) -> str:
+        found = self._find(trial) if self._look_up else None
+        if found is None:
+            tags = {
+                **self._sweep.tags,
+                "rayline.kind": "trial",
+                "rayline.trial": str(trial),
+                "mlflow.parentRunId": self._sweep.run_id,
+            }
+            run = self._client.create_run(
+                self._sweep.experiment_id, run_name=unsent.name, tags=tags
+            )
+            found = run.info.run_id
+        self._run_ids[trial] = found
+        self._noted(trial, found)
+        return found
+
+    def _find(self, trial: int) -> str | None:
+        """Return the run that was opened for a trial before its id could be noted."""
+        runs = self._client.search_runs(
+            [self._sweep.experiment_id],
+            filter_string=f"tags.`mlflow.parentRunId` = '{self._sweep.run_id}' "
+            f"and tags.`rayline.trial` = '{trial}'",
+        )
+        return runs[0].info.run_id if runs else None
+
+    def _upload(self, run_id: str, path: str, content: bytes | None) -> None:
+        if content is None:
+            return
+        folder, _, name = path.rpartition("/")
+        with tempfile.TemporaryDirectory(prefix="rayline-") as place:
+            file = Path(place) / name
+            file.write_bytes(content)
+            self._client.log_artifact(run_id, str(file), folder or None)
+
+    def _fail(self, error: Exception) -> None:
+        message = _told(error)
+        if message not in self._errors:
+            progress("tracking", f"WARNING: MLflow did not take a record: {message}")
+        self._errors.append(message)
 
 
-def _common_tags(manifest: Manifest, preset: Preset) -> dict[str, str]:
+def _connect(settings: Settings) -> MlflowClient:
+    # The end of every trial's run would print two lines.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    return connect(settings)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def _common_tags(manifest: Manifest | None) -> dict[str, str]:
     code = provenance.current()
     tags = {
-        "rayline.data_digest": manifest.digest,
-        "rayline.preset": preset.name,
-        "rayline.seed": str(preset.seed),
+        "rayline.data_digest": manifest.digest if manifest else None,
         "rayline.git_commit": code.commit,
         "rayline.git_dirty": str(code.dirty).lower(),
         "rayline.git_diff_sha256": code.diff_sha256,
@@ -262,7 +434,3 @@ def _dataset_input(storage: Storage, manifest: Manifest) -> DatasetInput:
 
 def _params(values: Mapping[str, Any]) -> list[Param]:
     return [Param(name, str(value)) for name, value in values.items()]
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)

@@ -28,6 +28,7 @@ class Trial:
     checkpoint_uri: str
     git_commit: str | None
     git_dirty: bool
+    owner: str | None
 
 
 def sweep_data_digest(settings: Settings, sweep_run_id: str) -> str:
@@ -66,6 +67,21 @@ def ranked_trials(client: MlflowClient, sweep_run_id: str, data_digest: str) -> 
     return [_trial(run, sweep) for run in runs]
 
 
+def finished_runs(client: MlflowClient, model: str) -> list[Run]:
+    """Return all finished trials of all sweeps of a model."""
+    experiment = client.get_experiment_by_name(f"rayline/{model}")
+    if experiment is None:
+        return []
+    query = "tags.`rayline.kind` = 'trial' and attributes.status = 'FINISHED'"
+    runs = _all_pages(client, experiment.experiment_id, query)
+    return [run for run in runs if "val_accuracy" in run.data.metrics]
+
+
+def child_runs(client: MlflowClient, sweep_run_id: str) -> list[Run]:
+    """Return the runs of all trials of a sweep, whatever became of them."""
+    return _children(client, _sweep_run(client, sweep_run_id))
+
+
 def _trial(run: Run, sweep: Run) -> Trial:
     tags = {**sweep.data.tags, **run.data.tags}
     return Trial(
@@ -76,6 +92,7 @@ def _trial(run: Run, sweep: Run) -> Trial:
         checkpoint_uri=f"{run.info.artifact_uri}/{CHECKPOINT_PATH}",
         git_commit=tags.get("rayline.git_commit") or tags.get("mlflow.source.git.commit"),
         git_dirty=tags.get("rayline.git_dirty", "false").lower() == "true",
+        owner=tags.get("rayline.owner"),
     )
 
 
@@ -99,14 +116,16 @@ def _digest(sweep: Run) -> str:
 
 
 def _children(client: MlflowClient, sweep: Run) -> list[Run]:
+    query = f"tags.`mlflow.parentRunId` = '{sweep.info.run_id}'"
+    return _all_pages(client, sweep.info.experiment_id, query)
+
+
+def _all_pages(client: MlflowClient, experiment_id: str, query: str) -> list[Run]:
     runs: list[Run] = []
     token: str | None = None
     while True:
         page = client.search_runs(
-            [sweep.info.experiment_id],
-            filter_string=f"tags.`mlflow.parentRunId` = '{sweep.info.run_id}'",
-            max_results=_PAGE,
-            page_token=token,
+            [experiment_id], filter_string=query, max_results=_PAGE, page_token=token
         )
         runs += page
         token = page.token

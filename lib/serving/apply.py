@@ -14,10 +14,11 @@ import requests
 
 from lib.cli import progress
 from lib.config import Settings
-from lib.errors import ServingError
+from lib.errors import ServingError, StartError
 from lib.serving import plan, policy
 from lib.serving.bundle import read_card
 from lib.serving.client import ServeClient, live_applications, wait_until
+from lib.serving.feedback import PROBE_ID
 from lib.serving.keys import internal_headers
 from lib.serving.predictor import load_predictor
 from lib.serving.traffic import COLOCATED, ModelTraffic, Policy
@@ -77,6 +78,8 @@ def describe(traffic: ModelTraffic) -> str:
 
 def serve_url(settings: Settings) -> str:
     """Return where the models answer."""
+    if settings.serve_url:
+        return settings.serve_url
     host = "127.0.0.1" if settings.http_host == "0.0.0.0" else settings.http_host
     return f"http://{host}:{settings.http_port}"
 
@@ -129,7 +132,7 @@ def _wait_running(client: ServeClient, names: list[str]) -> None:
                 seen[name] = status
                 progress("deploy", f"{name}: {status.lower()}")
             if status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise ServingError(f"{name} failed to start: {_reason(details, name)}")
+                raise StartError(f"{name} failed to start: {_reason(details, name)}")
         return all(seen[name] == "RUNNING" for name in names)
 
     wait_until(all_running, deadline_s=START_DEADLINE_S, what=f"start of {', '.join(names)}")
@@ -173,7 +176,7 @@ def _take_away(settings: Settings, client: ServeClient, models: Mapping[str, Mod
 def _probe(settings: Settings, storage: Storage, desired: ModelTraffic) -> None:
     """Ask every version once through the address that callers use."""
     base = f"{serve_url(settings)}/v2/models/{settings.model}"
-    headers = internal_headers(storage)
+    headers = {**internal_headers(storage), "X-Request-Id": PROBE_ID}
     for version in desired.bundles:
         url = f"{base}/versions/{version}"
         last = "nothing yet"

@@ -76,11 +76,12 @@ def bundle_path(name: str, version: int, run_id: str) -> str:
     return f"models/{name}/{version}-{run_id[:8]}"
 
 
-def write_bundle(storage: Storage, card: Card, onnx: bytes, pt2: bytes) -> str:
-    """Publish a bundle, its card last, and return its path."""
+def write_bundle(storage: Storage, card: Card, onnx: bytes, pt2: bytes | None) -> str:
+    """Publish a bundle, its card last, and return its path; other people's models lack the pt2."""
     path = bundle_path(card.name, card.version, card.run_id)
     storage.write(f"{path}/{ONNX_FILE}", onnx)
-    storage.write(f"{path}/{PT2_FILE}", pt2)
+    if pt2 is not None:
+        storage.write(f"{path}/{PT2_FILE}", pt2)
     storage.write_json(f"{path}/{CARD_FILE}", card.to_json())
     return path
 

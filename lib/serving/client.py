@@ -30,7 +30,7 @@ class ServeClient:
     """Reads and replaces the config of Serve's applications."""
 
     def __init__(self, settings: Settings) -> None:
-        self._url = f"{settings.ray_address}/api/serve/applications/"
+        self._url = f"{settings.serve_api or settings.ray_address}/api/serve/applications/"
         self._headers = auth_headers()
 
     def details(self) -> dict[str, Any]:

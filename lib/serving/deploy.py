@@ -46,7 +46,7 @@ def deploy(
     if placement:
         desired = replace(desired, placement=placement)
     made = apply(settings, storage, base, desired, who=who, why=why, new_code=new_code)
-    _align_registry(settings, desired.champion)
+    align_registry(settings, desired.champion)
     return _summary(settings, made)
 
 
@@ -64,7 +64,7 @@ def promote(
         bundles={number: path for number, path in bundles.items() if number in kept},
     )
     made = apply(settings, storage, base, desired, who=who, why=why)
-    _align_registry(settings, version)
+    align_registry(settings, version)
     return _summary(settings, made)
 
 
@@ -81,7 +81,7 @@ def rollback(settings: Settings, storage: Storage, *, who: str, why: str) -> Map
     models = {**base.models, settings.model: desired}
     made = policy.commit(storage, base, models, default_model=base.default_model, who=who, why=why)
     progress("deploy", f"policy generation {made.generation}: {describe(desired)}")
-    _align_registry(settings, before)
+    align_registry(settings, before)
     return _summary(settings, apply(settings, storage, made, desired, who=who, why=why))
 
 
@@ -120,8 +120,38 @@ def set_traffic(
         bundles=_bundles(settings, storage, [n for n in named if n is not None], served),
     )
     made = apply(settings, storage, base, desired, who=who, why=why)
-    _align_registry(settings, desired.champion)
+    align_registry(settings, desired.champion)
     return _summary(settings, made)
+
+
+def put(
+    settings: Settings,
+    storage: Storage,
+    desired: ModelTraffic,
+    *,
+    who: str,
+    why: str,
+    at_once: bool = False,
+) -> Policy:
+    """Make `desired` the traffic as it is; the registry is left to the caller.
+
+    `at_once` publishes the policy before Serve is asked for anything, which is for versions that
+    leave: all that `desired` shares requests among must be up.
+    """
+    base, served = _served(settings, storage)
+    if at_once and desired != served:
+        models = {**base.models, settings.model: desired}
+        base = policy.commit(
+            storage, base, models, default_model=base.default_model, who=who, why=why
+        )
+        progress("deploy", f"policy generation {base.generation}: {describe(desired)}")
+    return apply(settings, storage, base, desired, who=who, why=why)
+
+
+def bundle(settings: Settings, storage: Storage, version: int) -> str:
+    """Return the bundle of a version that is served, or that the registry has."""
+    _, served = _served(settings, storage)
+    return _bundles(settings, storage, [version], served)[version]
 
 
 def _served(settings: Settings, storage: Storage) -> tuple[Policy, ModelTraffic]:
@@ -173,7 +203,8 @@ def _bundles(
     return found
 
 
-def _align_registry(settings: Settings, champion: int) -> None:
+def align_registry(settings: Settings, champion: int) -> None:
+    """Make the registry's alias follow the policy; done already is fine."""
     # Imported late, here and above: MLflow takes seconds, and rolling back must not wait for it.
     from lib.registry.models import set_champion
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from lib.config import Settings
+from lib.selector import read_selector
 from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
 
@@ -30,6 +31,10 @@ def version_application(name: str, version: int) -> str:
     return f"{name}-v{version}"
 
 
+_SERVED = (".py", ".yaml", ".html", ".css", ".js", ".svg")
+"""Kinds of files that replicas need: code, options, and the console's pages."""
+
+
 def publish_code(storage: Storage) -> str:
     """Put the code that replicas run under the storage root and return its URI.
 
@@ -41,7 +46,7 @@ def publish_code(storage: Storage) -> str:
         path
         for folder in ("lib", "serve_apps")
         for path in (_ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml")
+        if path.suffix in _SERVED
     )
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -104,6 +109,9 @@ def _application(
         return copy.deepcopy(dict(live[name]))
     template = yaml.safe_load((_ROOT / "serve_apps" / "config.yaml").read_text())
     kind = "version" if bundle else "gateway"
+    if selector := read_selector("RAYLINE_SERVE_LABELS", settings.serve_labels):
+        for deployment in template[kind]["deployments"]:
+            deployment["ray_actor_options"]["label_selector"] = selector
     return {
         **template[kind],
         "name": name,
@@ -125,3 +133,13 @@ def serve_config(settings: Settings, applications: list[dict[str, Any]]) -> dict
         "grpc_options": {"port": settings.grpc_port, "grpc_servicer_functions": [_SERVICER]},
         "applications": sorted(applications, key=lambda config: str(config["name"])),
     }
+
+
+def ray_service_patch(settings: Settings, live: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the change that makes a Kubernetes RayService ask for what is live.
+
+    Its operator sends its own text again when it restarts or makes a new cluster; versions that are
+    missing there would go.
+    """
+    config = serve_config(settings, list(live.values()))
+    return {"spec": {"serveConfigV2": yaml.safe_dump(config, sort_keys=False)}}

@@ -22,7 +22,8 @@ class Record:
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, str, str, int]] = Counter()
         """By model, version, caller and status; model and version are empty where none was met."""
-        self._latency: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
+        self.latency: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
+        """By model and version: requests by bucket, and their seconds."""
 
     def add(self, caller: str, status: int, card: Card | None, seconds: float) -> None:
         """Count a request that was answered."""
@@ -31,9 +32,9 @@ class Record:
             return
         key = (card.name, str(card.version))
         self.requests[*key, caller, status] += 1
-        found = self._latency.get(key)
+        found = self.latency.get(key)
         if found is None:
-            found = self._latency[key] = ([0] * len(LATENCY_BUCKETS_S), [0.0])
+            found = self.latency[key] = ([0] * len(LATENCY_BUCKETS_S), [0.0])
         counts, total = found
         counts[bisect_left(_BOUNDS_S, seconds)] += 1
         total[0] += seconds
@@ -42,7 +43,7 @@ class Record:
         """Yield what each counter has grown by; buckets hold what is in the lower ones too."""
         for (model, version, caller, status), count in self.requests.items():
             yield metrics.REQUESTS, (model, version, caller, str(status)), count
-        for key, (counts, total) in self._latency.items():
+        for key, (counts, total) in self.latency.items():
             for bound_s, count in zip(LATENCY_BUCKETS_S, accumulate(counts), strict=True):
                 yield metrics.LATENCY_BUCKET, (*key, le(bound_s)), count
             yield metrics.LATENCY_SUM, key, total[0]

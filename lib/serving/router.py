@@ -13,10 +13,12 @@ import numpy.typing as npt
 from lib.serving import policy as policies
 from lib.serving.batcher import Batcher, Predict, QueueFull, Unavailable
 from lib.serving.bundle import Card, read_card
+from lib.serving.feedback import PROBE_ID
 from lib.serving.payload import PayloadError
 from lib.serving.shadow import Shadows
 from lib.serving.traffic import COLOCATED, ModelTraffic, Policy, choose, is_shadowed
 from lib.storage import Storage
+from lib.watch.recorder import Recorder
 
 Images = npt.NDArray[np.uint8]
 Probabilities = npt.NDArray[np.float32]
@@ -71,14 +73,20 @@ class Router:
     """Follows the traffic policy and answers images."""
 
     def __init__(
-        self, storage: Storage, make_predict: MakePredict, *, deadline_s: float = 30.0
+        self,
+        storage: Storage,
+        make_predict: MakePredict,
+        *,
+        deadline_s: float = 30.0,
+        recorder: Recorder | None = None,
     ) -> None:
         self._storage = storage
         self._make_predict = make_predict
         self._deadline_s = deadline_s
         self._table: Table | None = None
         self._retired: list[Batcher] = []
-        self.shadows = Shadows(storage)
+        self.recorder = recorder or Recorder(storage)
+        self.shadows = Shadows(self.recorder)
 
     @property
     def table(self) -> Table:
@@ -153,17 +161,19 @@ class Router:
         images_NHWC: Images,
         answer_NK: Probabilities,
         request_id: str,
+        caller: str,
     ) -> None:
         """Give the shadows of this request's model their copies; returns at once."""
         name = version.card.name
-        for number, percent in table.policy.models[name].shadows.items():
+        shadows = table.policy.models[name].shadows if request_id != PROBE_ID else {}
+        for number, percent in shadows.items():
             if number != version.card.version and is_shadowed(percent, number, request_id):
                 self.shadows.send(
                     table.versions[name, number],
                     images_NHWC,
+                    answer_NK,
                     request_id=request_id,
-                    answered_by=version.card.version,
-                    answer_NK=answer_NK,
+                    caller=caller,
                     run=_submit,
                 )
 

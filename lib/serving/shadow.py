@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from lib.serving.batcher import QueueFull
 from lib.serving.record import Increment
-from lib.storage import Storage
 from lib.watch.metrics import SHADOWED
+from lib.watch.recorder import Recorder
 
 Images = npt.NDArray[np.uint8]
 Probabilities = npt.NDArray[np.float32]
-
-MAX_UNWRITTEN = 50_000
-"""Comparisons kept in memory while storage is away; older ones are given up first."""
-FLUSH_EVERY_S = 5.0
 
 
 @dataclass(slots=True)
@@ -49,17 +43,16 @@ class Count:
 
 
 class Shadows:
-    """Sends copies, compares, and keeps what it found under `shadow/` of the storage root.
+    """Sends copies, compares, and hands what shadows said to the prediction log.
 
     Nothing here is awaited by a request. A shadow has a queue of its own, which drops when it is
     full, so its slowness or failure stays here.
     """
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
         self._counts: dict[tuple[str, int], Count] = {}
         self._reported: Counter[tuple[str, str, str]] = Counter()
-        self._rows: deque[Mapping[str, Any]] = deque(maxlen=MAX_UNWRITTEN)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -78,17 +71,18 @@ class Shadows:
         self,
         shadow: Any,
         images_NHWC: Images,
+        answer_NK: Probabilities,
         *,
         request_id: str,
-        answered_by: int,
-        answer_NK: Probabilities,
+        caller: str,
         run: Callable[[Any, Images], Any],
     ) -> None:
         """Copy a request to a shadow `Version`; `run` gives its probabilities."""
-        key = (shadow.card.name, shadow.card.version)
-        count = self._counts.setdefault(key, Count())
+        count = self._counts.setdefault((shadow.card.name, shadow.card.version), Count())
 
         async def compare() -> None:
+            start_s = time.perf_counter()
+            probabilities_NK: Probabilities | None = None
             try:
                 probabilities_NK = await run(shadow, images_NHWC)
             except QueueFull:
@@ -96,40 +90,21 @@ class Shadows:
                 return
             except Exception:
                 count.failed += 1
-                return
-            names = shadow.card.class_names
-            for row, (ours, theirs) in enumerate(zip(probabilities_NK, answer_NK, strict=True)):
-                label, answered = int(ours.argmax()), int(theirs.argmax())
-                count.compared += 1
-                count.agreed += label == answered
-                self._rows.append(
-                    {
-                        "request_id": request_id,
-                        "row": row,
-                        "model": key[0],
-                        "version": answered_by,
-                        "label": names[answered],
-                        "shadow_version": key[1],
-                        "shadow_label": names[label],
-                        "shadow_probability": round(float(ours[label]), 6),
-                    }
-                )
+            self._recorder.add(
+                shadow.card,
+                images_NHWC,
+                probabilities_NK,
+                request_id=request_id,
+                caller=caller,
+                latency_s=time.perf_counter() - start_s,
+                status=500 if probabilities_NK is None else 200,
+                is_shadow=True,
+            )
+            if probabilities_NK is not None:
+                count.compared += len(probabilities_NK)
+                same = probabilities_NK.argmax(axis=1) == answer_NK.argmax(axis=1)
+                count.agreed += int(same.sum())
 
         task = asyncio.get_running_loop().create_task(compare())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def flush(self) -> None:
-        """Write what was compared since the last call; call it in a thread."""
-        rows = []
-        while self._rows:
-            rows.append(self._rows.popleft())
-        if not rows:
-            return
-        now = datetime.now(UTC)
-        path = f"shadow/{now:%Y-%m-%d}/{now:%H%M%S%f}-{uuid.uuid4().hex[:8]}.jsonl"
-        try:
-            self._storage.write(path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
-        except Exception:
-            self._rows.extendleft(reversed(rows))
-            raise

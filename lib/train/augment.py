@@ -41,9 +41,12 @@ def augment(images_NCHW: Tensor, how: Augmentation, generator: torch.Generator) 
     if how.strength == 0.0:
         return images_NCHW
     theta_N23 = affine_maps(images_NCHW.shape, how, generator).to(images_NCHW.dtype)
-    grid_NHW2 = functional.affine_grid(theta_N23, list(images_NCHW.shape), align_corners=False)
     return functional.grid_sample(
-        images_NCHW, grid_NHW2, mode="bilinear", padding_mode="border", align_corners=False
+        images_NCHW,
+        _grid(theta_N23, *images_NCHW.shape[-2:]),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
     )
 
 
@@ -68,3 +71,26 @@ def affine_maps(shape: torch.Size, how: Augmentation, generator: torch.Generator
         ),
         dim=1,
     )
+
+
+def _grid(theta_N23: Tensor, height: int, width: int) -> Tensor:
+    """Return where every pixel comes from, [N, H, W, 2]; what `affine_grid` returns.
+
+    That one multiplies a 3×2 matrix a pixel, which takes three times as long as the sampling. An
+    affine map is a term of the column plus a term of the row: one addition a coordinate.
+    """
+    columns_W = _pixel_centres(width, theta_N23)
+    rows_H = _pixel_centres(height, theta_N23)
+    grid_NHW2 = theta_N23.new_empty((len(theta_N23), height, width, 2))
+    for axis in range(2):
+        of_column_N1, of_row_N1, constant_N1 = theta_N23[:, axis].split(1, dim=1)
+        torch.add(
+            (of_row_N1 * rows_H + constant_N1).unsqueeze(2),
+            (of_column_N1 * columns_W).unsqueeze(1),
+            out=grid_NHW2[..., axis],
+        )
+    return grid_NHW2
+
+
+def _pixel_centres(length: int, like: Tensor) -> Tensor:
+    return (torch.arange(length, dtype=like.dtype, device=like.device) * 2 + 1) / length - 1

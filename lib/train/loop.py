@@ -115,7 +115,7 @@ class Trainer:
         train_config: TrainConfig,
         *,
         train: Examples,
-        val: Examples,
+        val: Examples | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.model_config = model_config
@@ -123,7 +123,7 @@ class Trainer:
         self.device = torch.device(device)
         self.epoch = 0
         self._train = train.to(self.device)
-        self._val = val.to(self.device)
+        self._val = None if val is None else val.to(self.device)
         self._precision = reduced_precision(self.device)
         self._generator = torch.Generator(self.device).manual_seed(train_config.seed)
         with torch.random.fork_rng(devices=[]):
@@ -145,7 +145,10 @@ class Trainer:
         )
 
     def run_epoch(self) -> dict[str, float]:
-        """Train one epoch and measure it; raise SearchError if the loss is not a number."""
+        """Train one epoch and measure it, on validation images if there are any.
+
+        Raises SearchError if the loss is not a number.
+        """
         start_s = time.perf_counter()
         num_images = len(self._train.labels_N)
         train_loss, learning_rate = self._train_epoch()
@@ -157,15 +160,16 @@ class Trainer:
                 f"the training loss became {train_loss} in epoch {self.epoch} at learning rate "
                 f"{self.train_config.learning_rate:.3g}; a lower rate may train"
             )
-        val = self.evaluate(self._val)
-        return {
+        metrics: dict[str, float] = {
             "epoch": self.epoch,
             "train_loss": train_loss,
-            "val_loss": val.loss,
-            "val_accuracy": val.accuracy,
             "lr": learning_rate,
             "images_per_s": num_images / train_s,
         }
+        if self._val is not None:
+            val = self.evaluate(self._val)
+            metrics |= {"val_loss": val.loss, "val_accuracy": val.accuracy}
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that `load_state_dict` needs to go on as if nothing had happened."""
@@ -177,10 +181,16 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of a trainer with the same configs."""
+        """Go on from a state of a trainer of the same net; how it is trained is this config's."""
         self.epoch = state["epoch"]
         self.net.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+        # The optimizer's state brings the settings it was made with, which may be another trial's.
+        for group, weight_decay in zip(
+            self._optimizer.param_groups, (self.train_config.weight_decay, 0.0), strict=True
+        ):
+            group["weight_decay"] = weight_decay
+            group["momentum"] = self.train_config.momentum
         self._generator.set_state(state["generator"].cpu())
 
     def checkpoint(self) -> dict[str, Any]:

@@ -27,9 +27,11 @@ class ModelConfig:
     channels: int
     num_classes: int
     stage_width: int
-    """Channels of the first stage; each further stage has twice as many, up to four times."""
+    """Channels of the first stage; each further stage has twice as many, up to `growth` times."""
     depth: int
     """Convolutions per stage."""
+    growth: int = 4
+    """Channels of the widest stage, as a multiple of the first one's."""
     pixel_mean: tuple[float, ...]
     """Per channel, pixels scaled to 0–1."""
     pixel_std: tuple[float, ...]
@@ -38,7 +40,7 @@ class ModelConfig:
         """Check the ranges; tuples may come as lists from a checkpoint."""
         object.__setattr__(self, "pixel_mean", tuple(self.pixel_mean))
         object.__setattr__(self, "pixel_std", tuple(self.pixel_std))
-        for name in ("height", "width", "channels", "stage_width", "depth"):
+        for name in ("height", "width", "channels", "stage_width", "depth", "growth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_classes < 2:
@@ -48,7 +50,9 @@ class ModelConfig:
                 raise ValueError(f"{name} has {len(getattr(self, name))} values, not one a channel")
 
     @classmethod
-    def from_manifest(cls, manifest: Manifest, *, stage_width: int, depth: int) -> ModelConfig:
+    def from_manifest(
+        cls, manifest: Manifest, *, stage_width: int, depth: int, growth: int = 4
+    ) -> ModelConfig:
         """Take shape, classes and pixel statistics from a data set."""
         return cls(
             height=manifest.height,
@@ -57,6 +61,7 @@ class ModelConfig:
             num_classes=manifest.num_classes,
             stage_width=stage_width,
             depth=depth,
+            growth=growth,
             pixel_mean=manifest.pixel_mean,
             pixel_std=manifest.pixel_std,
         )
@@ -98,7 +103,7 @@ class ConvNet(nn.Module):
         height, width = config.height, config.width
         width_in, halvings = config.channels, config.num_halvings
         for stage in range(max(2, halvings)):
-            width_out = config.stage_width * min(2**stage, 4)
+            width_out = config.stage_width * min(2**stage, config.growth)
             stride = 2 if stage == 0 and halvings >= 1 else 1
             pool = halvings >= stage + 2
             kernel = 5 if stage == 0 else 3

@@ -1,54 +1,82 @@
-"""What a sweep tells while it runs: progress lines for people, and the record in MLflow."""
+"""What happens in Tune, told to the journal, the sampler, MLflow and the person who watches."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
-from lib.cli import progress
-from lib.registry.tracking import SweepRecord
-from lib.train.trial import MODEL_FILE
+from lib.cli import progress as say
+from lib.errors import StorageError
+from lib.train.experiment import Experiment
+from lib.train.progress import (
+    CHANGED,
+    CUT,
+    ENDED,
+    FAILED,
+    FINISHED,
+    REPORTED,
+    STOPPED,
+    Progress,
+    TrialState,
+    reached,
+)
+from lib.train.samplers import Study
+from lib.train.searcher import StudySearcher
+from lib.train.trainable import AT_RUNG, ENDS, NO_PLACE, REPORT, RESUME, RUNG_COUNT
+from lib.train.trainable import FAILED as FAILURE
+
+_TUNES_OWN = frozenset(
+    {
+        "time_this_iter_s",
+        "time_total_s",
+        "training_iteration",
+        "iterations_since_restore",
+        "time_since_restore",
+        "timestamp",
+        "pid",
+        "timesteps_total",
+        "episodes_total",
+        "done",
+        "epoch",
+        REPORT,
+        RUNG_COUNT,
+        AT_RUNG,
+        ENDS,
+    }
+)
 
 
 class SweepReport(tune.Callback):
-    """Follows the trials of a sweep. Trials that die before they start are recorded too."""
+    """Follows the trials of a sweep. Trials that die before they start are followed too."""
 
-    def __init__(self, record: SweepRecord, num_trials: int, num_epochs: int) -> None:
-        self._record = record
-        self._num_trials = num_trials
-        self._num_epochs = num_epochs
-        self._numbers: dict[str, int] = {}
-        self._ended: set[str] = set()
-        self._best_accuracy = 0.0
+    def __init__(
+        self, progress: Progress, study: Study, searcher: StudySearcher, experiment: Experiment
+    ) -> None:
+        self.error: StorageError | None = None
+        """What must end the sweep: there is no place to keep its state."""
+        self._progress = progress
+        self._study = study
+        self._searcher = searcher
+        self._experiment = experiment
 
-    def get_state(self) -> dict[str, Any]:
-        """Return what a restored sweep needs to go on with the same runs."""
-        return {
-            "run_ids": dict(self._record.run_ids),
-            "params": dict(self._record.params),
-            "best": dict(self._record.best),
-            "numbers": dict(self._numbers),
-            "ended": set(self._ended),
-            "best_accuracy": self._best_accuracy,
-        }
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from `get_state`."""
-        self._record.run_ids.update(state["run_ids"])
-        self._record.params.update(state["params"])
-        self._record.best.update(state["best"])
-        self._numbers = dict(state["numbers"])
-        self._ended = set(state["ended"])
-        self._best_accuracy = state["best_accuracy"]
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        """Let the searcher know how many trials are under way."""
+        self._searcher.running = [
+            trial for trial in trials if trial.status in (TuneTrial.PENDING, TuneTrial.RUNNING)
+        ]
 
     def on_trial_start(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        """Open the trial's run."""
-        self._open(trial)
+        """Say so."""
+        state = self._state(trial)
+        if not state.num_reports:
+            say("tune", f"{self._name(state)} starts: {describe(state.params)}")
 
     def on_trial_result(
         self,
@@ -58,84 +86,159 @@ class SweepReport(tune.Callback):
         result: dict[str, Any],
         **info: Any,
     ) -> None:
-        """Record an epoch."""
-        self._open(trial)
-        self._record.trial_reported(trial.trial_id, result["epoch"], result)
-        progress(
-            "tune",
-            f"{self._name(trial)} epoch {result['epoch']}: validation "
-            f"{result['val_accuracy']:.2%}, loss {result['train_loss']:.3f}, "
-            f"{result['images_per_s']:,.0f} images/s",
+        """Note a report, unless it is one that was noted before an interruption."""
+        if NO_PLACE in result:
+            self.error = StorageError(result[NO_PLACE])
+            raise self.error
+        state = self._state(trial)
+        if result.get(REPORT, 0) <= state.num_reports:
+            return
+        params = {name: value for name, value in trial.config.items() if name != RESUME}
+        if params != state.params:
+            self._add(CHANGED, trial=state.number, epoch=state.epoch, params=params)
+        metrics = measured(result)
+        self._add(
+            REPORTED,
+            trial=state.number,
+            report=result[REPORT],
+            epoch=result["epoch"],
+            rung=result[RUNG_COUNT] if result[AT_RUNG] else None,
+            metrics=metrics,
         )
-
-    def on_checkpoint(
-        self,
-        iteration: int,
-        trials: list[TuneTrial],
-        trial: TuneTrial,
-        checkpoint: tune.Checkpoint,
-        **info: Any,
-    ) -> None:
-        """Keep the model of the best epoch."""
-        result = trial.last_result
-        accuracy, _ = self._record.best.get(trial.trial_id, (-1.0, 0))
-        if result["val_accuracy"] > accuracy:
-            with checkpoint.as_directory() as folder:
-                model = (Path(folder) / MODEL_FILE).read_bytes()
-            self._record.trial_improved(
-                trial.trial_id, result["epoch"], result["val_accuracy"], model
-            )
+        if not (result[ENDS] and result["epoch"] == 1):  # Its end says as much.
+            say("tune", f"{self._name(state)} epoch {result['epoch']}: {self._line(metrics)}")
 
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        """Close the run of a trial that trained to the end or was stopped at a rung."""
-        done = trial.last_result.get("epoch", 0) >= self._num_epochs
-        self._close(trial, "trained to the end" if done else "stopped at a rung")
+        """Note the end of a trial that went through, was stopped, or failed by itself."""
+        result = trial.last_result or {}
+        if FAILURE in result:
+            self._end(self._state(trial), FAILED, result[FAILURE])
+        elif result.get(ENDS):
+            self._end(self._state(trial), FINISHED, "trained to the end")
+        elif self._experiment.objective.settles and reached(self._experiment.objective, result):
+            self._end(self._state(trial), STOPPED, "reached the target")
+        else:
+            self._end(self._state(trial), STOPPED, "stopped at a rung")
 
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        """Close the run of a trial that failed; the sweep goes on."""
-        self._open(trial)
-        self._close(trial, first_cause(trial), failed=True)
+        """Note the end of a trial whose process died again and again."""
+        self._end(self._state(trial), FAILED, first_cause(trial))
 
-    def on_experiment_end(self, trials: list[TuneTrial], **info: Any) -> None:
-        """Close the runs of trials that the time budget cut off."""
-        for trial in trials:
-            if trial.trial_id in self._numbers and trial.trial_id not in self._ended:
-                self._close(trial, "the time budget was spent")
+    def on_trial_recover(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        """Say that a trial's process died."""
+        state = self._state(trial)
+        say("tune", f"{self._name(state)} lost its process, and goes on from epoch {state.epoch}")
 
-    def _open(self, trial: TuneTrial) -> None:
-        if trial.trial_id in self._numbers:
-            return
-        self._numbers[trial.trial_id] = len(self._numbers) + 1
-        name = f"trial-{self._numbers[trial.trial_id]}"
-        self._record.trial_started(trial.trial_id, name, trial.config)
-        progress("tune", f"{self._name(trial)} starts: {describe(trial.config)}")
+    def cut_off(self, why: str) -> None:
+        """Note the end of the trials that are still under way, when the sweep is over."""
+        for state in self._progress.interrupted():
+            self._end(state, CUT, why)
 
-    def _close(self, trial: TuneTrial, why: str, *, failed: bool = False) -> None:
-        if trial.trial_id in self._ended:
-            return
-        self._ended.add(trial.trial_id)
-        epoch = int((trial.last_result or {}).get("epoch", 0))
-        self._record.trial_ended(trial.trial_id, epoch, why, failed=failed)
-        if failed:
-            progress("tune", f"{self._name(trial)} FAILED: {why}")
-            return
-        if trial.trial_id not in self._record.best:
-            progress("tune", f"{self._name(trial)} ended before its first epoch did ({why})")
-            return
-        accuracy, best_epoch = self._record.best[trial.trial_id]
-        self._best_accuracy = max(self._best_accuracy, accuracy)
-        progress(
-            "tune",
-            f"{self._name(trial)} ended after epoch {epoch} ({why}): {accuracy:.2%} at epoch "
-            f"{best_epoch}; best so far {self._best_accuracy:.2%}",
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave all out: a sweep is resumed from its journal, not from Tune's state."""
+        return {}
 
-    def _name(self, trial: TuneTrial) -> str:
-        return f"trial {self._numbers[trial.trial_id]}/{self._num_trials}"
+    def _end(self, state: TrialState, how: str, why: str) -> None:
+        if state.ended is not None:
+            return
+        self._add(ENDED, trial=state.number, how=how, why=why, durable=True)
+        self._study.tell(state)
+        if how == FAILED:
+            say("tune", f"{self._name(state)} FAILED: {why}")
+        elif not state.best:
+            say("tune", f"{self._name(state)} ended before its first report ({why})")
+        else:
+            best = self._progress.best or state
+            say(
+                "tune",
+                f"{self._name(state)} ended after epoch {state.epoch} ({why}): "
+                f"{self._objective(state.best)} at epoch {state.best_epoch}; best so far "
+                f"{self._objective(best.best)}",
+            )
+
+    def _add(self, kind: str, **content: Any) -> None:
+        try:
+            self._progress.add(kind, **content)
+        except StorageError as error:
+            # Tune would tell its text alone.
+            self.error = error
+            raise
+
+    def _state(self, trial: TuneTrial) -> TrialState:
+        state = self._progress.of_attempt(trial.trial_id)
+        assert state is not None, "Tune runs what the searcher gave it"
+        return state
+
+    def _name(self, state: TrialState) -> str:
+        return f"trial {state.number + 1}/{self._study.num_trials}"
+
+    def _objective(self, metrics: Mapping[str, float]) -> str:
+        return _told(self._experiment.objective.metric, metrics)
+
+    def _line(self, metrics: Mapping[str, float]) -> str:
+        first = [objective.metric for objective in self._experiment.objectives]
+        names = [*first, *(n for n in ("train_loss", "images_per_s") if n in metrics)]
+        return ", ".join(_told(name, metrics) for name in dict.fromkeys(names))
+
+
+class Limits(tune.Stopper):
+    """Ends a sweep at its target, after too many failures, or where it can't go on."""
+
+    def __init__(self, progress: Progress, experiment: Experiment, report: SweepReport) -> None:
+        self._progress = progress
+        self._experiment = experiment
+        self._report = report
+        self._reached = False
+
+    @property
+    def why(self) -> str | None:
+        """Why the sweep is to end, if it is."""
+        if self._report.error:
+            return str(self._report.error)
+        limit = self._experiment.max_failed_trials
+        if limit is not None and self._progress.num_failed > limit:
+            return f"more than {limit} trials failed"
+        best = self._progress.best
+        if self._reached or (best and reached(self._experiment.objective, best.best)):
+            return f"the target of {self._experiment.objective.target} was reached"
+        return None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Take note of a report; end the trial that reached the target.
+
+        Where what is reached may be lost again, the trial's end decides.
+        """
+        objective = self._experiment.objective
+        now = objective.settles and reached(objective, result)
+        self._reached |= now
+        return now
+
+    def stop_all(self) -> bool:
+        """Whether the sweep is to end."""
+        return self.why is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave all out, as the report does."""
+        return {}
+
+
+def measured(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a report that a trial measured itself."""
+    return {
+        name: float(value)
+        for name, value in result.items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and name not in _TUNES_OWN
+        and not name.startswith("config/")
+        and math.isfinite(value)
+    }
 
 
 def first_cause(trial: TuneTrial) -> str:
@@ -145,9 +248,16 @@ def first_cause(trial: TuneTrial) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "unknown")
 
 
-def describe(params: dict[str, Any]) -> str:
+def describe(params: Mapping[str, Any]) -> str:
     """Return a trial's parameters for one line of progress."""
     return ", ".join(_pair(name, value) for name, value in sorted(params.items()))
+
+
+def _told(name: str, metrics: Mapping[str, float]) -> str:
+    value = metrics[name]
+    if name.endswith("accuracy"):
+        return f"{name} {value:.2%}"
+    return f"{name} {value:,.0f}" if abs(value) >= 1000 else f"{name} {value:.4g}"
 
 
 def _pair(name: str, value: Any) -> str:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from lib.config import Preset
+from lib.config import Settings
+from lib.errors import SearchError
+from lib.selector import matches, read_selector
+
+if TYPE_CHECKING:
+    from ray.tune import PlacementGroupFactory
 
 _SETTLE_S = 2.0
 
@@ -23,33 +29,119 @@ class TrialResources:
     num_parallel: int
     num_threads: int = 1
     """Of one trial. Small nets gain nothing from more, and one makes results repeatable."""
+    selector: Mapping[str, str] = field(default_factory=dict)
+    """Labels of the nodes that trials run on; empty: any node."""
 
-    def request(self) -> dict[str, float]:
+    def request(self) -> dict[str, float] | PlacementGroupFactory:
         """Return the request as Tune takes it."""
-        if self.gpus:
-            return {"CPU": self.cpus, "GPU": self.gpus}
         # Tune refuses a request of nothing; one byte is next to nothing.
-        return {"CPU": self.cpus} if self.cpus else {"CPU": 0.0, "memory": 1.0}
+        bundle = {"CPU": self.cpus} if self.cpus else {"CPU": 0.0, "memory": 1.0}
+        if self.gpus:
+            bundle = {"CPU": self.cpus, "GPU": self.gpus}
+        if not self.selector:
+            return bundle
+        # Imported late: with Tune comes all of its start.
+        from ray.tune import PlacementGroupFactory
+
+        return PlacementGroupFactory([bundle], bundle_label_selector=[dict(self.selector)])
 
     def describe(self) -> str:
         """Return one line for people."""
         gpu = f" and {self.gpus:g} GPU" if self.gpus else ""
         note = ", what others in the cluster leave free" if self.cpus < 1 else ""
         trials = "1 trial" if self.num_parallel == 1 else f"{self.num_parallel} trials"
-        return f"{trials} at a time, each on {self.cpus:g} CPU{gpu}{note}"
+        nodes = ", ".join(f"{key}={value}" for key, value in self.selector.items())
+        where = f", on nodes with {nodes}" if nodes else ""
+        return f"{trials} at a time, each on {self.cpus:g} CPU{gpu}{note}{where}"
 
 
-def trial_resources(preset: Preset) -> TrialResources:
-    """Share what is free now among trials, so that a sweep starts at once beside serving."""
+def trial_resources(gpus_per_trial: float, settings: Settings | None = None) -> TrialResources:
+    """Share what is free now among trials, so that a sweep starts at once beside serving.
+
+    Where the settings name nodes for trials, those alone count, and with `trial_gpus` also those
+    that an autoscaler starts once trials wait for them.
+    """
+    selector = _trial_selector(settings)
+    if settings and settings.trial_gpus and gpus_per_trial:
+        return grown(settings.trial_gpus, gpus_per_trial, selector)
     free = _settled_resources()
-    num_nodes = sum(1 for node in ray.nodes() if node["Alive"])
-    has_gpus = ray.cluster_resources().get("GPU", 0.0) > 0
-    return share(
-        free_cpus=free.get("CPU", 0.0),
-        free_gpus=free.get("GPU", 0.0) if has_gpus else 0.0,
-        num_nodes=max(1, num_nodes),
-        gpus_per_trial=preset.gpus_per_trial,
+    nodes = _nodes(selector)
+    there = {
+        name: sum(node["Resources"].get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")
+    }
+    shares = share(
+        free_cpus=min(free.get("CPU", 0.0), there["CPU"]),
+        free_gpus=min(free.get("GPU", 0.0), there["GPU"]),
+        num_nodes=max(1, len(nodes)),
+        gpus_per_trial=gpus_per_trial,
     )
+    return replace(shares, selector=selector)
+
+
+def grown(
+    num_gpus: int, gpus_per_trial: float, selector: Mapping[str, str] | None = None
+) -> TrialResources:
+    """Return shares of the GPUs that there will be: trials that wait make an autoscaler add nodes.
+
+    A GPU node is taken to have a CPU for each trial that shares its GPUs.
+    """
+    # Per GPU, since no trial spans two: three of 0.3 on each, not six on two and one across.
+    per_gpu = math.floor(1 / gpus_per_trial + 1e-6)
+    num_parallel = num_gpus * per_gpu if per_gpu else math.floor(num_gpus / gpus_per_trial + 1e-6)
+    return TrialResources(
+        cpus=1.0,
+        gpus=gpus_per_trial,
+        num_parallel=max(1, num_parallel),
+        selector=dict(selector or {}),
+    )
+
+
+def asked_resources(
+    cpus: float | None, gpus: float | None, settings: Settings | None = None
+) -> TrialResources:
+    """Return what every trial asks for, whatever is free; with neither, a share of that.
+
+    Raises SearchError if no node has as much.
+    """
+    if cpus is None and gpus is None:
+        return trial_resources(0.0, settings)
+    selector = _trial_selector(settings)
+    nodes = [dict(node["Resources"]) for node in _nodes(selector)]
+    found = granted(cpus=cpus, gpus=gpus or 0.0, nodes=nodes, free=_settled_resources())
+    return replace(found, selector=selector)
+
+
+def granted(
+    *,
+    cpus: float | None,
+    gpus: float,
+    nodes: Sequence[Mapping[str, float]],
+    free: Mapping[str, float],
+) -> TrialResources:
+    """Return how many trials of this size there is room for now, at least one.
+
+    Raises SearchError if none of the nodes could hold one.
+    """
+    asked = {"CPU": 1.0 if cpus is None else cpus, "GPU": gpus}
+    if not any(all(node.get(kind, 0.0) >= asked[kind] for kind in asked) for node in nodes):
+        raise SearchError(
+            f"a trial asks for {asked['CPU']:g} CPU and {asked['GPU']:g} GPU, and no node of the "
+            "cluster has as much; ask for less under `resources`"
+        )
+    rooms = [free.get(kind, 0.0) / asked[kind] for kind in asked if asked[kind]]
+    num_parallel = math.floor(min(rooms) + 1e-6) if rooms else len(nodes)
+    return TrialResources(cpus=asked["CPU"], gpus=gpus, num_parallel=max(1, num_parallel))
+
+
+def _trial_selector(settings: Settings | None) -> dict[str, str]:
+    labels = settings.trial_labels if settings else ""
+    return dict(read_selector("RAYLINE_TRIAL_LABELS", labels))
+
+
+def _nodes(selector: Mapping[str, str]) -> list[Mapping[str, Any]]:
+    return [
+        node for node in ray.nodes() if node["Alive"] and matches(selector, node.get("Labels", {}))
+    ]
 
 
 def _settled_resources() -> Mapping[str, float]:
@@ -84,7 +176,7 @@ def share(
     # Some node has at least the mean free, so a request of at most that can't wait for ever.
     cpus = math.floor(min(1.0, per_node / slots) * 100) / 100
     num_parallel = math.floor(free_cpus / cpus + 1e-6) if cpus else 1
-    if free_gpus:
+    if free_gpus and gpus_per_trial:
         by_gpu = max(1, math.floor(free_gpus / gpus_per_trial + 1e-6))
         return TrialResources(
             cpus=cpus, gpus=gpus_per_trial, num_parallel=min(by_gpu, max(1, num_parallel))

@@ -1,238 +1,205 @@
-"""A sweep: parallel trials with Ray Tune, Optuna's TPE sampler and early stopping at rungs."""
+"""A sweep: parallel trials with Ray Tune, a sampler of Optuna's, early stopping at rungs.
+
+What it does is in a journal under the storage root first. A sweep whose driver died is resumed
+from that alone: the sampler is told all results again, MLflow gets what it missed, and trials that
+were under way go on from what they kept.
+"""
 
 from __future__ import annotations
 
-import logging
-import os
-import time
-import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
-import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-)
-from optuna.samplers import TPESampler
-from ray import tune
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search import ConcurrencyLimiter
-from ray.tune.search.optuna import OptunaSearch
-
-from lib.cli import progress
-from lib.config import Preset, Settings
-from lib.data.loader import Split, read_splits
-from lib.data.manifest import Manifest
-from lib.errors import SearchError
-from lib.registry.tracking import SweepRecord, start_sweep
+from lib.cli import progress as say
+from lib.config import Settings
+from lib.errors import ConfigError, SearchError
+from lib.registry.tracking import SweepRecord, SweepRun, reopen_sweep, start_sweep
 from lib.storage import Storage
-from lib.train.report import SweepReport
-from lib.train.resources import TrialResources, trial_resources
-from lib.train.trial import Trial
+from lib.train.experiment import Experiment
+from lib.train.feed import Feed
+from lib.train.gauges import SweepGauges
+from lib.train.journal import Journal
+from lib.train.progress import ASKED, CLOSED, RECORDED, REOPENED, SESSION, Progress
+from lib.train.result import SweepResult
+from lib.train.samplers import Study, sampler_name
+from lib.train.schedulers import rung_counts, scheduler_of
+from lib.train.session import Session
+from lib.train.trainable import Desk
+from lib.train.work import Work, work_of
+from lib.watch.gauges import Gauges
 
-METRIC = "val_accuracy"
-REDUCTION_FACTOR = 3
-"""About one trial of this many goes on after a rung."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrialResult:
-    """A trial that left a model."""
-
-    run_id: str
-    val_accuracy: float
-    """Of its best epoch, whose checkpoint is on the run."""
-    epoch: int
-    params: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SweepResult:
-    """What a sweep found; all of it is in MLflow too."""
-
-    sweep_run_id: str
-    trials: tuple[TrialResult, ...]
-    """Best validation accuracy first."""
-    num_failed: int
-    images_per_s: float
-    """Images trained on by all trials, per second of the sweep."""
-    seconds: float
+_NEVER = "Never"
+_LIMITS = ("num_trials", "num_parallel", "max_failed_trials")
+"""What a sweep that is resumed may be given more of."""
 
 
 def run_sweep(
-    settings: Settings, storage: Storage, manifest: Manifest, preset: Preset
-) -> SweepResult:
-    """Search the preset's space on a data set's train split, judged on its validation split.
-
-    Ray must be initialised. Raises SearchError if no trial left a model, and RegistryError if
-    MLflow is away or its record of the sweep is incomplete.
-    """
-    start_s = time.monotonic()
-    resources = trial_resources(preset)
-    progress("tune", resources.describe())
-    record = start_sweep(settings, storage, manifest, preset, _facts(resources))
-    ended: list[tune.Result] = []
-    metrics: dict[str, float] = {}
-    try:
-        splits = read_splits(storage, manifest, ("train", "val"))
-        rows = ", ".join(f"{len(split.labels_N):,} {name}" for name, split in splits.items())
-        progress("tune", f"sweep {record.sweep_run_id}: {preset.num_trials} trials on {rows}")
-        ended = _fit(storage, manifest, preset, resources, splits, record)
-        metrics = _sweep_metrics(ended, manifest, record, time.monotonic() - start_s)
-    finally:
-        record.close(metrics, failed=not record.best)
-    if not record.best:
-        raise SearchError(
-            f"none of {len(ended)} trials left a model ({metrics['failed_trials']:.0f} failed, "
-            f"the others were cut off by the time budget of {preset.time_budget_s:.0f} s); the "
-            f"reasons are on the runs below sweep {record.sweep_run_id} in MLflow"
-        )
-    record.check()
-    return SweepResult(
-        sweep_run_id=record.sweep_run_id,
-        trials=_ranked(record),
-        num_failed=int(metrics["failed_trials"]),
-        images_per_s=metrics["images_per_s"],
-        seconds=metrics["seconds"],
-    )
-
-
-def search_space(preset: Preset) -> dict[str, BaseDistribution]:
-    """Return what a sweep varies."""
-    return {
-        "stage_width": CategoricalDistribution(preset.widths),
-        "depth": CategoricalDistribution(preset.depths),
-        "learning_rate": FloatDistribution(0.03, 0.3, log=True),
-        "weight_decay": FloatDistribution(1e-4, 2e-3, log=True),
-        "label_smoothing": FloatDistribution(0.0, 0.15, step=0.05),
-        "augmentation": FloatDistribution(0.0, 1.0, step=0.25),
-    }
-
-
-def first_guess(preset: Preset) -> dict[str, Any]:
-    """Return the configuration that every sweep tries first: known to train well."""
-    return {
-        "stage_width": max(preset.widths),
-        "depth": min(preset.depths),
-        "learning_rate": 0.1,
-        "weight_decay": 5e-4,
-        "label_smoothing": 0.1,
-        "augmentation": 0.5,
-    }
-
-
-def _fit(
+    settings: Settings,
     storage: Storage,
-    manifest: Manifest,
-    preset: Preset,
-    resources: TrialResources,
-    splits: Mapping[str, Split],
-    record: SweepRecord,
-) -> list[tune.Result]:
-    # The writers of CSV, JSON and TensorBoard files would slow every report; MLflow has it all.
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    # Progress and failures are reported in one line each, by SweepReport.
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # Of its own in every sweep: a second experiment of one name overwrites the first one's state.
-    name = f"{preset.name}-{uuid.uuid4().hex[:12]}"
-    trainable = tune.with_parameters(
-        Trial,
-        manifest=manifest,
-        splits=dict(splits),
-        rungs=preset.rungs,
-        reduction_factor=REDUCTION_FACTOR,
-        num_threads=resources.num_threads,
-        train_seed=preset.seed,
+    experiment: Experiment,
+    work: Work,
+    *,
+    draw: bool = True,
+) -> SweepResult:
+    """Search as the experiment asks.
+
+    With `draw`, pictures of the sweep are left on its run when it has ended.
+
+    Ray must be initialised. Raises SearchError if no trial left a result, RegistryError if MLflow
+    is away at the start, or at the end with something still to be sent, and StorageError if there
+    is no place for the sweep's state; after the last two the sweep can be resumed.
+    """
+    # What can't be searched is said before anything starts.
+    scheduler = scheduler_of(experiment)
+    Study(experiment)
+    sweep = start_sweep(
+        settings,
+        storage,
+        name=experiment.name,
+        manifest=work.manifest,
+        tags={**work.tags, "rayline.seed": str(experiment.seed), "rayline.num_threads": "1"},
+        facts={
+            "sampler": sampler_name(experiment.algorithm.name),
+            "scheduler": scheduler.name,
+            "objectives": ", ".join(f"{o.goal} {o.metric}" for o in experiment.objectives),
+            "num_trials": experiment.num_trials,
+            "time_budget_s": experiment.time_budget_s,
+            **work.facts,
+        },
+        experiment=asdict(experiment),
     )
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, resources.request()),
-        tune_config=tune.TuneConfig(
-            metric=METRIC,
-            mode="max",
-            search_alg=ConcurrencyLimiter(_searcher(preset), resources.num_parallel),
-            scheduler=_scheduler(preset),
-            num_samples=preset.num_trials,
-            time_budget_s=preset.time_budget_s,
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(
-            name=name,
-            storage_path=storage.path("tune"),
-            storage_filesystem=storage.filesystem,
-            callbacks=[SweepReport(record, preset.num_trials, preset.rungs[-1])],
-            checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=1, checkpoint_frequency=1, checkpoint_at_end=False
-            ),
-            verbose=0,
-        ),
-    )
-    results = tuner.fit()
-    ended = [results[index] for index in range(len(results))]
-    # The models are on the runs in MLflow; what is left is Tune's own state.
-    storage.filesystem.delete_dir(storage.path(f"tune/{name}"))
-    return ended
+    spec = {"experiment": asdict(experiment), "kind": work.kind, "work": work.spec}
+    storage.write(_spec_path(sweep.run_id), json.dumps(spec).encode())
+    return _run(settings, storage, sweep, experiment, work, draw=draw)
 
 
-def _searcher(preset: Preset) -> OptunaSearch:
-    return OptunaSearch(
-        search_space(preset),
-        metric=METRIC,
-        mode="max",
-        points_to_evaluate=[first_guess(preset)],
-        sampler=TPESampler(seed=preset.seed, n_startup_trials=max(3, preset.num_trials // 4)),
-    )
+def resume_sweep(
+    settings: Settings,
+    storage: Storage,
+    sweep_run_id: str,
+    work_of: Callable[[Storage, Experiment, str, Mapping[str, Any]], Work] = work_of,
+    *,
+    asked: tuple[Experiment, Mapping[str, Any]] | None = None,
+    draw: bool = True,
+) -> SweepResult:
+    """Go on with a sweep whose driver ended before it did, or whose record is incomplete.
 
+    `work_of` makes the work from its kind and spec. With `asked`, an experiment and the parts of
+    its work's spec that must not have changed, the sweep goes on under that experiment's limits:
+    an ended one runs the trials that it now has more of.
 
-def _scheduler(preset: Preset) -> ASHAScheduler:
-    # ASHA counts in powers of its factor; trials report such a count instead of epochs, so that
-    # they are compared at the preset's rungs, whatever these are, and nowhere else.
-    return ASHAScheduler(
-        time_attr="rung_count",
-        grace_period=1,
-        reduction_factor=REDUCTION_FACTOR,
-        max_t=REDUCTION_FACTOR ** (len(preset.rungs) - 1),
-    )
-
-
-def _sweep_metrics(
-    ended: list[tune.Result], manifest: Manifest, record: SweepRecord, seconds: float
-) -> dict[str, float]:
-    epochs = sum((result.metrics or {}).get("epoch", 0) for result in ended)
-    metrics = {
-        "trials": float(len(ended)),
-        "failed_trials": float(sum(result.error is not None for result in ended)),
-        "images_per_s": epochs * manifest.rows("train") / seconds,
-        "seconds": seconds,
-    }
-    if record.best:
-        metrics[METRIC] = max(accuracy for accuracy, _ in record.best.values())
-    return metrics
-
-
-def _ranked(record: SweepRecord) -> tuple[TrialResult, ...]:
-    found = [
-        TrialResult(
-            run_id=record.run_ids[trial],
-            val_accuracy=accuracy,
-            epoch=epoch,
-            params=record.params[trial],
+    Raises what `run_sweep` raises, and SearchError if there is no such sweep, it is running, or it
+    has ended and was asked never to be resumed then.
+    """
+    path = _spec_path(sweep_run_id)
+    if not storage.exists(path):
+        raise SearchError(
+            f"there is no state of a sweep {sweep_run_id!r} at {storage.uri}; give the "
+            "sweep_run_id that jobs.tune printed, and the RAYLINE_STORAGE it ran with"
         )
-        for trial, (accuracy, epoch) in record.best.items()
-    ]
-    return tuple(sorted(found, key=lambda trial: (-trial.val_accuracy, trial.run_id)))
+    spec = storage.read_json(path)
+    experiment = Experiment.from_dict(spec["experiment"])
+    # As in Katib, that policy is about a search that came to its end, not one that was killed.
+    if experiment.resume_policy == _NEVER and _is_over(storage, sweep_run_id):
+        raise SearchError(
+            f"sweep {sweep_run_id} has ended, and was asked for with resumePolicy Never; start a "
+            "new one"
+        )
+    more = False
+    if asked is not None:
+        before, experiment = experiment, _with_limits(experiment, asked[0], spec["work"], asked[1])
+        more = experiment != before
+    work = work_of(storage, experiment, spec["kind"], spec["work"])
+    sweep = reopen_sweep(settings, sweep_run_id)
+    if more:
+        spec["experiment"] = asdict(experiment)
+        storage.write(_spec_path(sweep_run_id), json.dumps(spec).encode())
+    return _run(settings, storage, sweep, experiment, work, draw=draw, reopen=more)
 
 
-def _facts(resources: TrialResources) -> dict[str, Any]:
-    return {
-        "sampler": "optuna TPE",
-        "scheduler": f"ASHA, factor {REDUCTION_FACTOR}",
-        "cpus_per_trial": resources.cpus,
-        "gpus_per_trial": resources.gpus,
-        "parallel_trials": resources.num_parallel,
-    }
+def _is_over(storage: Storage, sweep_run_id: str) -> bool:
+    """Whether a sweep has ended and all of its trials are in MLflow."""
+    with Journal(storage, _folder(sweep_run_id)) as journal:
+        kinds = {kind: {e.get("trial") for e in journal.events if e["event"] == kind}
+                 for kind in (ASKED, RECORDED, CLOSED)}  # fmt: skip
+    return bool(kinds[CLOSED]) and kinds[ASKED] <= kinds[RECORDED]
+
+
+def _with_limits(
+    experiment: Experiment, asked: Experiment, spec: Mapping[str, Any], same: Mapping[str, Any]
+) -> Experiment:
+    """Return the experiment with the limits of another one that is the same in all else."""
+    before, after = asdict(experiment), asdict(asked)
+    changed = [name for name in before if before[name] != after[name] and name not in _LIMITS]
+    same = json.loads(json.dumps(same))
+    changed += [name for name in same if same[name] != spec.get(name)]
+    if changed:
+        raise ConfigError(
+            f"a sweep that is resumed can change its trial counts alone, and {', '.join(changed)} "
+            "would change; start a new one"
+        )
+    return replace(experiment, **{name: after[name] for name in _LIMITS})
+
+
+def _run(
+    settings: Settings,
+    storage: Storage,
+    sweep: SweepRun,
+    experiment: Experiment,
+    work: Work,
+    *,
+    draw: bool,
+    reopen: bool = False,
+) -> SweepResult:
+    folder = _folder(sweep.run_id)
+    with Journal(storage, folder) as journal, Gauges() as gauges:
+        resumed = bool(journal.events)
+        progress = Progress(journal, experiment)
+        study = Study(experiment)
+        for number in sorted(progress.trials):
+            study.restore(progress.trials[number])
+        spent_s = progress.spent_s
+        progress.add(SESSION)
+        if reopen:
+            progress.add(REOPENED)
+        scheduler = scheduler_of(experiment)
+        desk = Desk(
+            storage=storage,
+            folder=f"{folder}/trials",
+            objectives=experiment.objectives,
+            rungs=work.rungs,
+            rung_counts=rung_counts(scheduler, work.rungs),
+        )
+        feed = Feed(progress, desk, work.artifacts)
+        record = SweepRecord(
+            settings,
+            sweep,
+            run_ids={t.number: t.run_id for t in progress.trials.values() if t.run_id},
+            noted=feed.noted,
+            look_up=resumed,
+        )
+        feed.start(record, journal.events)
+        reported = SweepGauges(gauges, sweep.run_id, experiment.objective, progress)
+        progress.listeners.append(reported.noted)
+        journal.events = []
+        if resumed:
+            ended = len(progress.trials) - len(progress.interrupted())
+            say("tune", f"resuming sweep {sweep.run_id}: {ended} trials have ended, "
+                f"{len(progress.interrupted())} go on")  # fmt: skip
+        else:
+            say("tune", f"sweep {sweep.run_id}: {study.num_trials} trials")
+        session = Session(settings, storage, folder, experiment, work, progress, study, desk, feed)
+        if not progress.closed:
+            session.run(experiment.time_budget_s - spent_s)
+            progress.add(CLOSED, durable=True)
+        return session.result(sweep, record, draw=draw)
+
+
+def _folder(sweep_run_id: str) -> str:
+    return f"sweeps/{sweep_run_id}"
+
+
+def _spec_path(sweep_run_id: str) -> str:
+    return f"{_folder(sweep_run_id)}/sweep.json"

@@ -1,87 +1,115 @@
-"""One trial of a sweep: the Tune trainable around the training loop, an epoch a step."""
+"""One trial of a sweep over Rayline's own nets: the trainable around the training loop."""
 
 from __future__ import annotations
 
+import io
+import statistics
+import time
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from ray import tune
 
 from lib.data.loader import Split
 from lib.data.manifest import Manifest
 from lib.train.augment import Augmentation
+from lib.train.environment import describe
 from lib.train.loop import Examples, TrainConfig, Trainer
-from lib.train.model import ModelConfig
+from lib.train.model import ConvNet, ModelConfig
+from lib.train.trainable import SweepTrial
 
 MODEL_FILE = "model.pt"
-"""Of a trial's checkpoint: the net alone, as it is recorded and registered."""
-STATE_FILE = "state.pt"
-"""Of a trial's checkpoint: what training goes on from."""
+"""Of what a trial keeps: the net of its best epoch."""
+EAGER_LATENCY_MS = "eager_latency_ms"
+"""Metric: milliseconds that the net takes for one image in eager PyTorch, on the trial's share of
+the machine. Not the latency of the exported model, which is measured when it is registered."""
+_LATENCY_CALLS = 30
+_CONFUSION_BATCH = 500
 
 
-class Trial(tune.Trainable):
-    """Trains one configuration; the same process then takes the next one."""
+class Trial(SweepTrial):
+    """Trains one configuration of Rayline's own nets, an epoch a step."""
 
-    def setup(
+    FIXED = frozenset({"stage_width", "depth", "growth", "epochs"})
+
+    def prepare(
         self,
-        config: dict[str, Any],
-        manifest: Manifest | None = None,
-        splits: Mapping[str, Split] | None = None,
-        rungs: tuple[int, ...] = (1,),
-        reduction_factor: int = 3,
+        *,
+        manifest: Manifest,
+        splits: Mapping[str, Split],
+        rungs: tuple[int, ...],
+        settings: Mapping[str, Any] | None = None,
         num_threads: int = 1,
         train_seed: int = 0,
+        measure_latency: bool = False,
     ) -> None:
-        """Keep the data, which all trials share, and build the first trainer."""
-        if manifest is None or splits is None:
-            raise ValueError("a trial needs the manifest and the splits of its data set")
+        """Take the data, which all trials share, to the device once.
+
+        `settings` are those parameters that are the same in every trial.
+        """
         self._manifest = manifest
         self._rungs = rungs
-        self._reduction_factor = reduction_factor
+        self._settings = dict(settings or {})
         self._seed = train_seed
+        self._measure_latency = measure_latency
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.set_num_threads(num_threads)
-        # To the device once, not once a configuration.
         self._examples = {name: examples(split).to(self._device) for name, split in splits.items()}
-        self._trainer = self._build(config)
 
-    def step(self) -> dict[str, Any]:
+    def begin(self, params: Mapping[str, Any]) -> None:
+        """Build the net."""
+        self._trainer = self._build(params)
+        self._inherited = False
+        self._constants: dict[str, float] = {"num_parameters": self._trainer.net.num_parameters()}
+        if self._measure_latency:
+            self._constants[EAGER_LATENCY_MS] = eager_latency_ms(self._trainer)
+
+    def advance(self) -> Mapping[str, Any]:
         """Train one epoch."""
         metrics = self._trainer.run_epoch()
-        passed = sum(metrics["epoch"] >= rung for rung in self._rungs)
-        return {
-            **metrics,
-            # 0 before the first rung, then 1, f, f² …: what ASHA counts in.
-            "rung_count": self._reduction_factor ** (passed - 1) if passed else 0,
-            "num_parameters": self._trainer.net.num_parameters(),
-            "done": metrics["epoch"] >= self._rungs[-1],
-        }
+        done = metrics["epoch"] >= self._trainer.train_config.rungs[-1]
+        return {**metrics, **self._constants, "done": done}
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Start over with another configuration in the same process."""
-        self._trainer = self._build(new_config)
-        return True
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Write the net and the state of training."""
-        torch.save(self._trainer.checkpoint(), Path(checkpoint_dir) / MODEL_FILE)
-        torch.save(self._trainer.state_dict(), Path(checkpoint_dir) / STATE_FILE)
-
-    def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
-        """Go on where `save_checkpoint` stopped."""
-        self._trainer.load_state_dict(
-            torch.load(
-                Path(checkpoint_dir) / STATE_FILE, map_location=self._device, weights_only=True
-            )
+    def state(self) -> bytes:
+        """Return the state of training."""
+        return _saved(
+            {
+                "training": self._trainer.state_dict(),
+                "train_config": asdict(self._trainer.train_config),
+                "inherited": self._inherited,
+            }
         )
 
-    def _build(self, config: Mapping[str, Any]) -> Trainer:
+    def load(self, state: bytes) -> None:
+        """Go on from a state."""
+        content = torch.load(io.BytesIO(state), map_location=self._device, weights_only=True)
+        self._trainer.load_state_dict(content["training"])
+        # Of another configuration in population-based training: this one alone, trained again,
+        # does not lead to these weights.
+        config = asdict(self._trainer.train_config)
+        self._inherited = content["inherited"] or content["train_config"] != config
+
+    def artifacts(self, is_best: bool) -> Mapping[str, bytes]:
+        """Return the net of the best epoch, as it is recorded and registered."""
+        if not is_best:
+            return {}
+        content = {
+            **self._trainer.checkpoint(),
+            "environment": describe(self._device),
+            "inherited": self._inherited,
+        }
+        return {MODEL_FILE: _saved(content)}
+
+    def _build(self, params: Mapping[str, Any]) -> Trainer:
+        config = {**self._settings, **params}
         return Trainer(
             ModelConfig.from_manifest(
-                self._manifest, stage_width=config["stage_width"], depth=config["depth"]
+                self._manifest,
+                stage_width=config["stage_width"],
+                depth=config["depth"],
+                growth=config["growth"],
             ),
             train_config(config, rungs=self._rungs, seed=self._seed),
             train=self._examples["train"],
@@ -91,14 +119,22 @@ class Trial(tune.Trainable):
 
 
 def train_config(params: Mapping[str, Any], *, rungs: tuple[int, ...], seed: int) -> TrainConfig:
-    """Return how a trial with these parameters of the search space is trained."""
+    """Return how a trial with these parameters of the search space is trained.
+
+    A trial of its own number of `epochs` shares the rungs before them with all others.
+    """
+    epochs = int(params.get("epochs", rungs[-1]))
+    if epochs < 1:
+        raise ValueError(f"epochs={epochs} must be at least 1")
+    optional = {name: params[name] for name in ("momentum", "batch_size") if name in params}
     return TrainConfig(
-        rungs=rungs,
+        rungs=(*(rung for rung in rungs if rung < epochs), epochs),
         learning_rate=params["learning_rate"],
         weight_decay=params["weight_decay"],
         label_smoothing=params["label_smoothing"],
         augmentation=Augmentation(strength=params["augmentation"]),
         seed=seed,
+        **optional,
     )
 
 
@@ -111,3 +147,39 @@ def examples(split: Split) -> Examples:
             images_NHWC=torch.from_numpy(split.images_NHWC),
             labels_N=torch.from_numpy(split.labels_N),
         )
+
+
+def confusion(model_file: bytes, split: Split) -> list[list[int]]:
+    """Return how many images of each true class a kept model takes for each class."""
+    content = torch.load(io.BytesIO(model_file), map_location="cpu", weights_only=True)
+    config = ModelConfig.from_dict(content["model_config"])
+    net = ConvNet(config).eval()
+    net.load_state_dict(content["model"])
+    given = examples(split)
+    with torch.inference_mode():
+        found = [net(part).argmax(dim=1) for part in given.images_NHWC.split(_CONFUSION_BATCH)]
+    num_classes = config.num_classes
+    pairs = given.labels_N * num_classes + torch.cat(found)
+    counts = torch.bincount(pairs, minlength=num_classes**2)
+    return [list(map(int, row)) for row in counts.view(num_classes, num_classes)]
+
+
+def eager_latency_ms(trainer: Trainer) -> float:
+    """Return the median time of one image through the net, in milliseconds."""
+    config = trainer.model_config
+    shape = (1, config.height, config.width, config.channels)
+    image_NHWC = torch.zeros(shape, dtype=torch.uint8, device=trainer.device)
+    taken_s = []
+    trainer.net.eval()
+    with torch.inference_mode():
+        for _ in range(_LATENCY_CALLS):
+            start_s = time.perf_counter()
+            trainer.net(image_NHWC).argmax().item()
+            taken_s.append(time.perf_counter() - start_s)
+    return statistics.median(taken_s) * 1000
+
+
+def _saved(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()

@@ -1,6 +1,6 @@
 """Measures Rayline beside its peers; tables go to standard output, all figures to a JSON file.
 
-python -m tests.bench [ingest] [search] [serving] --rounds 5 --seconds 3 --json FILE
+python -m tests.bench [ingest] [training] [search] [serving] --rounds 5 --seconds 3 --json FILE
 python -m tests.bench soak --seconds 600
 python -m tests.bench autoscaling --seconds 40
 python -m tests.bench backpressure --seconds 10
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PARTS = ("ingest", "search", "serving")
+PARTS = ("ingest", "training", "search", "serving")
 """What is measured if nothing is named."""
 LONG_PARTS = ("soak", "autoscaling", "backpressure")
 _ROOT = Path(__file__).parents[2]
@@ -118,6 +118,7 @@ def _minutes(chosen: list[str], options: Any) -> float:
     # Start and end of heads and servers, then rounds; measured on two cores.
     seconds = {
         "ingest": 20 + 5 * 4,
+        "training": 420 + max(5, options.rounds) * 35,
         "search": 40 + options.rounds * 100,
         "soak": 60 + options.seconds,
         "autoscaling": 60 + 5 * options.seconds,

@@ -36,7 +36,10 @@ def main(data_file: str, work_file: str) -> None:
     for params in work["trials"]:
         trainer = Trainer(
             ModelConfig.from_manifest(
-                manifest, stage_width=params["stage_width"], depth=params["depth"]
+                manifest,
+                stage_width=params["stage_width"],
+                depth=params["depth"],
+                growth=params["growth"],
             ),
             train_config(params, rungs=(work["epochs"],), seed=0),
             train=train,

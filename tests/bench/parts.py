@@ -123,13 +123,16 @@ def command(
 
 
 def in_session(session: int) -> list[psutil.Process]:
-    """Return the processes of a session, which has the number of its first process."""
-    found = []
+    """Return the processes of a session, which has the number of its first process.
+
+    With all that they started, also in sessions of its own.
+    """
+    found: set[psutil.Process] = set()
     for process in psutil.process_iter():
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, psutil.Error):
             if os.getsid(process.pid) == session:
-                found.append(process)
-    return found
+                found |= {process, *process.children(recursive=True)}
+    return sorted(found, key=lambda process: process.pid)
 
 
 @contextmanager

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 
 from lib.config import Preset, Settings
 from lib.data.ingest import ingest
 from lib.data.loader import read_splits
 from lib.data.manifest import Manifest
 from lib.storage import Storage
+from lib.train.presets import preset_experiment
 from lib.train.search import SweepResult, run_sweep
+from lib.train.work import image_work
 from tests.bench import trivial
 from tests.bench.parts import MLFLOW_PORT, ROOT, local_ray, make_line, running
 from tests.bench.report import (
@@ -34,10 +37,10 @@ from tests.bench.report import (
     turns,
 )
 
-EPOCHS = 2
+EPOCHS = 3
 PRESET = Preset(
     name="bench",
-    num_trials=4,
+    num_trials=16,
     # One rung: no trial is stopped early, so the loops can repeat the same work.
     rungs=(EPOCHS,),
     time_budget_s=300,
@@ -46,6 +49,7 @@ PRESET = Preset(
     gpus_per_trial=0,
 )
 _PARALLEL = 2
+MANY = 1000
 
 
 def run(options: Options) -> Report:
@@ -58,27 +62,60 @@ def run(options: Options) -> Report:
     line = make_line(options.temp / "mlflow", MLFLOW_PORT)
     with running(line, "mlflow"), local_ray(options.temp / "ray-s") as startup_s:
         say(f"search: Ray is up after {startup_s:.1f} s")
-        trials = _trials(options)
+        trials = _trials(options, line.tracking_uri)
+        many = _many(options, line.tracking_uri)
         storage = Storage(str(options.temp / "search"))
         settings = Settings(storage=storage.uri, mlflow_uri=line.tracking_uri, model="bench")
         manifest = ingest(storage, "mnist")
-        sweeps, loops = _sweeps(options, settings, storage, manifest)
-    return _report(options, trials, sweeps, loops)
+        sweeps, busy, loops = _sweeps(options, settings, storage, manifest)
+    return _report(options, trials, many, sweeps, busy, loops)
 
 
-def _trials(options: Options) -> dict[str, list[float]]:
+def _trials(options: Options, mlflow_uri: str) -> dict[str, list[float]]:
     """Return the seconds of 16 trivial trials, by kind."""
-    seconds: dict[str, list[float]] = {"class": [], "function": []}
+    seconds: dict[str, list[float]] = {"sweep": [], "function": []}
     say(f"search: {trivial.NUM_TRIALS} trivial trials, {options.rounds} rounds of both kinds")
+    storage = Storage(str(options.temp / "trivial"))
+    settings = Settings(storage=storage.uri, mlflow_uri=mlflow_uri, model="trivial")
     for turn, kind in turns(list(seconds), options.rounds):
-        seconds[kind].append(trivial.seconds(kind, options.temp / "tune"))
-        say(f"search: round {turn + 1}: {kind} trainables {seconds[kind][-1]:.1f} s")
+        if kind == "sweep":
+            taken = trivial.sweep_seconds(settings, storage, trivial.NUM_TRIALS)["seconds"]
+        else:
+            taken = trivial.function_seconds(options.temp / "tune")
+        seconds[kind].append(taken)
+        say(f"search: round {turn + 1}: {kind} {taken:.1f} s")
     return seconds
+
+
+def _many(options: Options, mlflow_uri: str) -> dict[str, float]:
+    """Return the seconds of 1,000 trivial trials, and the driver's memory early and late."""
+    say(f"search: {MANY} trivial trials in one sweep")
+    command = [sys.executable, "-m", "tests.bench.trivial", str(options.temp / "many")]
+    done = subprocess.run(
+        [*command, mlflow_uri, str(MANY)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        },
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    taken = json.loads(done.stdout.splitlines()[-1])
+    early = [mib for ended, mib in taken["ended_and_mib"] if MANY // 10 <= ended <= MANY // 5]
+    late = [mib for ended, mib in taken["ended_and_mib"] if ended >= MANY - MANY // 10]
+    return {
+        "seconds": taken["seconds"],
+        "mib_early": statistics.median(early),
+        "mib_late": statistics.median(late),
+    }
 
 
 def _sweeps(
     options: Options, settings: Settings, storage: Storage, manifest: Manifest
-) -> tuple[list[SweepResult], list[dict[str, float]]]:
+) -> tuple[list[SweepResult], list[float], list[dict[str, float]]]:
     data = options.temp / "data.npz"
     splits = read_splits(storage, manifest, ("train", "val"))
     np.savez(
@@ -93,18 +130,35 @@ def _sweeps(
     )
     sweeps: list[SweepResult] = []
     loops: list[dict[str, float]] = []
+    busy: list[float] = []
+    experiment = preset_experiment(PRESET, scheduler="none")
     for turn in range(options.rounds):
-        sweep = run_sweep(settings, storage, manifest, PRESET)
+        work = image_work(storage, manifest, PRESET, experiment)
+        sweep = run_sweep(settings, storage, experiment, work)
         if len(sweep.trials) != PRESET.num_trials:
             raise BenchError(f"{len(sweep.trials)} of {PRESET.num_trials} trials left a model")
         sweeps.append(sweep)
+        busy.append(_busy_rate(storage, sweep.sweep_run_id, manifest.rows("train")))
         # The loops train what this sweep trained, so they come after it in every round.
         loops.append(_bare_loops(options, manifest, data, [t.params for t in sweep.trials]))
         say(
-            f"search: round {turn + 1}: sweep {sweep.images_per_s:,.0f} images/s, bare loops "
+            f"search: round {turn + 1}: sweep {sweep.images_per_s:,.0f} images/s "
+            f"({busy[-1]:,.0f} while all slots are busy), bare loops "
             f"{loops[-1]['images_per_s']:,.0f} images/s"
         )
-    return sweeps, loops
+    return sweeps, busy, loops
+
+
+def _busy_rate(storage: Storage, sweep_run_id: str, images_per_epoch: int) -> float:
+    """Return images/s from the sweep's start until a slot is idle for good.
+
+    Reading the data and starting processes count; the epoch that the last trial is in does not.
+    """
+    events = trivial.events(storage, sweep_run_id)
+    ends_ms = [event["time_ms"] for event in events if event["event"] == "ended"]
+    idle_ms = sorted(ends_ms)[-_PARALLEL]
+    epochs = sum(event["event"] == "reported" and event["time_ms"] <= idle_ms for event in events)
+    return epochs * images_per_epoch / ((idle_ms - events[0]["time_ms"]) / 1000)
 
 
 def _bare_loops(
@@ -148,19 +202,24 @@ def _bare_loops(
             if process.poll() is None:
                 process.kill()
             process.wait()
-    seconds = max(result["seconds"] for result in results)
-    images = sum(result["images"] for result in results)
-    return {"images": images, "seconds": seconds, "images_per_s": images / seconds}
+    # Each loop's own rate: here too the tail, when one of them is done, is left apart.
+    return {
+        "seconds": max(result["seconds"] for result in results),
+        "images_per_s": sum(result["images"] / result["seconds"] for result in results),
+    }
 
 
 def _report(
     options: Options,
     trials: dict[str, list[float]],
+    many: dict[str, float],
     sweeps: list[SweepResult],
+    busy: list[float],
     loops: list[dict[str, float]],
 ) -> Report:
     speed = {
         "sweep": [sweep.images_per_s for sweep in sweeps],
+        "busy": busy,
         "loops": [loop["images_per_s"] for loop in loops],
     }
     per_trial = {kind: [s / trivial.NUM_TRIALS for s in taken] for kind, taken in trials.items()}
@@ -172,13 +231,19 @@ def _report(
         tables=[
             Table(
                 title=f"{PRESET.num_trials} trials of {EPOCHS} epochs of MNIST (n = {n})",
-                columns=("", "images/s: median (min–max)", "trials/min", "rayline ÷ this"),
+                columns=("", "images/s: median (min–max)", "trials/min", "busy ÷ this"),
                 rows=[
                     (
                         "rayline sweep, 2 trials at a time",
                         spread(speed["sweep"]),
                         figure(statistics.median(trials_per_min), 1),
-                        ratio(speed["sweep"], speed["sweep"]),
+                        ratio(speed["busy"], speed["sweep"]),
+                    ),
+                    (
+                        "the same, until a slot is idle for good",
+                        spread(speed["busy"]),
+                        "",
+                        ratio(speed["busy"], speed["busy"]),
                     ),
                     (
                         "2 bare training loops side by side",
@@ -189,7 +254,7 @@ def _report(
                             ),
                             1,
                         ),
-                        ratio(speed["sweep"], speed["loops"]),
+                        ratio(speed["busy"], speed["loops"]),
                     ),
                 ],
             ),
@@ -201,11 +266,23 @@ def _report(
                         label,
                         spread(rates[kind]),
                         figure(statistics.median(per_trial[kind]), 2),
-                        ratio(rates["class"], rates[kind]),
+                        ratio(rates["sweep"], rates[kind]),
                     )
                     for kind, label in (
-                        ("class", "class trainable, processes reused (rayline)"),
+                        ("sweep", "rayline: a whole sweep, journal and MLflow counted"),
                         ("function", "function trainable (Ray Tune's default)"),
+                    )
+                ],
+            ),
+            Table(
+                title=f"{MANY:,} trials that do nothing in one sweep (n = 1)",
+                columns=("", "seconds", "driver, MiB at 10-20 %", "at 90-100 %"),
+                rows=[
+                    (
+                        "rayline: a whole sweep, journal and MLflow counted",
+                        figure(many["seconds"], 1),
+                        figure(many["mib_early"], 0),
+                        figure(many["mib_late"], 0),
                     )
                 ],
             ),
@@ -219,6 +296,8 @@ def _report(
         ],
         data={
             "trivial_seconds": trials,
+            "many": many,
+            "busy_images_per_s": busy,
             "sweeps": [
                 {
                     "seconds": sweep.seconds,

@@ -96,9 +96,11 @@ def post_all(
     return answers
 
 
-def until(condition: Callable[[], bool], *, deadline_s: float = 60, what: str) -> None:
+def until(
+    condition: Callable[[], bool], *, deadline_s: float = 60, every_s: float = 0.05, what: str
+) -> None:
     """Wait for a condition; fail the test at the deadline."""
     end = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen within {deadline_s:.0f} s"
-        time.sleep(0.05)
+        time.sleep(every_s)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +53,44 @@ def last_json(output: str) -> Any:
 
 
 def test_up_says_what_it_did_and_where_everything_is(line: LiveLine) -> None:
-    for expected in ("champion", "on test", "predict", "docs", "Ray dashboard", "MLflow", "curl"):
+    places = ("predict", "console", "docs", "Ray dashboard", "MLflow")
+    for expected in ("champion", "on test", *places, "curl"):
         assert expected in line.up_output
     curl = next(text.strip() for text in line.up_output.splitlines() if text.strip()[:5] == "curl ")
     pasted = subprocess.run(["bash", "-c", f"{curl} --fail -s"], capture_output=True, check=True)
     assert json.loads(pasted.stdout)["label"] in "0123456789"
+
+
+def test_the_console_shows_what_the_gateways_count(line: LiveLine) -> None:
+    page = requests.get(line.url, timeout=TIMEOUT_S)
+    assert page.status_code == 200
+    assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+    known = {"If-None-Match": page.headers["ETag"]}
+    assert requests.get(line.url, headers=known, timeout=TIMEOUT_S).status_code == 304
+    watch = requests.get(f"{line.url}/watch", timeout=TIMEOUT_S).json()
+    assert line.model in watch["models"]
+    samples = requests.get(f"{line.url}/samples/{line.model}", timeout=TIMEOUT_S).json()["samples"]
+    assert [sample["label"] for sample in samples] == list("0123456789")
+    body = base64.b64decode(samples[0]["png"])
+    answered = [requests.post(f"{line.url}/predict", body, timeout=TIMEOUT_S) for _ in range(20)]
+    assert all(answer.ok for answer in answered)
+    deadline = time.monotonic() + TIMEOUT_S
+    counted = 0
+    while counted < len(answered):
+        assert time.monotonic() < deadline, "gateways report every few seconds"
+        time.sleep(0.5)
+        versions = requests.get(f"{line.url}/stats", timeout=TIMEOUT_S).json()["versions"]
+        counted = sum(version["statuses"].get("200", 0) for version in versions.values())
+
+
+def test_the_champion_comes_out_identical_from_its_record(line: LiveLine) -> None:
+    again = line.run("jobs.reproduce", "champion")
+    assert again.returncode == 0, again.stdout[-4000:] + again.stderr
+    verdict = last_json(again.stdout)
+    assert verdict["verdict"] == "identical"
+    assert verdict["code"].startswith("commit ")
+    assert verdict["environment"] == {}
+    assert "epoch 1 of" in again.stdout
 
 
 def test_up_again_repeats_nothing_that_is_done(line: LiveLine) -> None:

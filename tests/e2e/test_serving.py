@@ -18,6 +18,8 @@ from lib.serving.bundle import read_card
 from lib.serving.client import ServeClient
 from lib.serving.predictor import load_predictor
 from lib.storage import Storage
+from lib.watch.labels import read_labels
+from lib.watch.segments import MAX_US
 from tests.e2e.clients import load, post_all, until
 from tests.e2e.conftest import LiveLine
 
@@ -128,8 +130,8 @@ def test_feedback_is_under_the_storage_root_when_it_is_acknowledged(
     body = {"request_id": "e2e-feedback", "label": "7"}
     answer = requests.post(f"{line.url}/feedback", json=body, timeout=TIMEOUT_S)
     assert answer.status_code == 200, answer.text
-    entries = [storage.read_json(path) for path in storage.list("feedback", recursive=True)]
-    assert [entry["label"] for entry in entries if entry["request_id"] == "e2e-feedback"] == ["7"]
+    labels = read_labels(storage, line.model, start_us=0, end_us=MAX_US).to_pylist()
+    assert [row["label"] for row in labels if row["request_id"] == "e2e-feedback"] == [7]
 
 
 def test_a_killed_replica_of_a_version_fails_no_request(

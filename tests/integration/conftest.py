@@ -47,10 +47,29 @@ def storage(tmp_path: Path) -> Storage:
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Yield the URI of a real server on SQLite, which serves its artifacts itself."""
-    folder = tmp_path_factory.mktemp("mlflow")
+    uri, server = start_mlflow(tmp_path_factory.mktemp("mlflow"), free_port())
+    try:
+        yield uri
+    finally:
+        # The workers are children of the server: the whole group goes.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def start_mlflow(folder: Path, port: int) -> tuple[str, subprocess.Popen[bytes]]:
+    """Start a server in a process group of its own and wait until it answers."""
+    folder.mkdir(exist_ok=True)
     uri = f"http://127.0.0.1:{port}"
     log = folder / "server.log"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
@@ -65,22 +84,12 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             start_new_session=True,
         )
-    try:
-        deadline = time.monotonic() + 120
-        while not _answers(f"{uri}/health"):
-            if server.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the MLflow server did not start:\n{log.read_text()[-4000:]}")
-            time.sleep(0.2)
-        yield uri
-    finally:
-        # The workers are children of the server: the whole group goes.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+    deadline = time.monotonic() + 120
+    while not _answers(f"{uri}/health"):
+        if server.poll() is not None or time.monotonic() > deadline:
+            pytest.fail(f"the MLflow server did not start:\n{log.read_text()[-4000:]}")
+        time.sleep(0.2)
+    return uri, server
 
 
 def _answers(url: str) -> bool:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import pickle
 import struct
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -16,21 +14,27 @@ import torch
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
-from optuna.distributions import CategoricalDistribution
 
-from lib.config import PRESETS, Settings
+from lib.config import PRESETS, Preset, Settings
 from lib.data.ingest import ingest
 from lib.data.loader import read_splits
 from lib.data.manifest import Manifest
 from lib.errors import RegistryError, SearchError
-from lib.registry.tracking import METRICS, PACKAGES, SweepRecord, start_sweep
+from lib.registry.tracking import PACKAGES, SweepRecord, start_sweep
 from lib.registry.trials import CHECKPOINT_PATH, ranked_trials
 from lib.storage import Storage
-from lib.train import search
+from lib.train.experiment import DISCRETE, MAXIMIZE, MINIMIZE, Experiment, Objective, Parameter
 from lib.train.model import ConvNet, ModelConfig
+from lib.train.presets import first_guesses, preset_experiment, search_space
 from lib.train.resources import trial_resources
+from lib.train.search import SweepResult, run_sweep
+from lib.train.trial import EAGER_LATENCY_MS
+from lib.train.work import image_work
+
+pytestmark = pytest.mark.long
 
 MNIST = Path(__file__).parents[2] / "lib/data/mnist"
+METRICS = ("train_loss", "val_loss", "val_accuracy", "lr", "images_per_s", "num_parameters")
 PRESET = replace(PRESETS["smoke"], num_trials=3, rungs=(1, 3), time_budget_s=300)
 
 
@@ -76,7 +80,16 @@ def test_cores_that_have_just_come_free_are_used(local_ray: None) -> None:
     def work() -> None: ...
 
     ray.get([work.remote() for _ in range(20)])
-    assert trial_resources(PRESET).num_parallel == 2
+    assert trial_resources(0.0).num_parallel == 2
+
+
+def sweep(
+    data: Data, settings: Settings, preset: Preset, experiment: Experiment | None = None
+) -> SweepResult:
+    """Run a sweep of a preset, or of an experiment with that preset's rungs."""
+    asked = experiment or preset_experiment(preset)
+    work = image_work(data.storage, data.manifest, preset, asked)
+    return run_sweep(settings, data.storage, asked, work)
 
 
 def sweeps_and_trials(client: MlflowClient, settings: Settings) -> tuple[list[Run], list[Run]]:
@@ -92,27 +105,32 @@ def sweeps_and_trials(client: MlflowClient, settings: Settings) -> tuple[list[Ru
 def test_a_sweep_and_its_trials_are_recorded(
     data: Data, settings: Settings, client: MlflowClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = search.run_sweep(settings, data.storage, data.manifest, PRESET)
-    (sweep,), trials = sweeps_and_trials(client, settings)
+    result = sweep(data, settings, PRESET)
+    (parent,), trials = sweeps_and_trials(client, settings)
 
-    assert sweep.info.run_id == result.sweep_run_id
-    assert sweep.info.status == "FINISHED"
-    assert sweep.data.tags["rayline.data_digest"] == data.manifest.digest
-    assert sweep.data.tags["rayline.preset"] == "smoke"
-    assert sweep.data.tags["rayline.record_complete"] == "true"
-    assert sweep.data.params["sampler"] == "optuna TPE"
-    assert sweep.inputs.dataset_inputs[0].dataset.digest == data.manifest.digest
-    assert sweep.data.metrics["trials"] == 3
-    assert sweep.data.metrics["val_accuracy"] == pytest.approx(result.trials[0].val_accuracy)
+    assert parent.info.run_id == result.sweep_run_id
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["rayline.data_digest"] == data.manifest.digest
+    assert parent.data.tags["rayline.preset"] == "smoke"
+    assert parent.data.tags["rayline.record_complete"] == "true"
+    assert parent.data.params["sampler"] == "tpe"
+    assert parent.data.params["scheduler"] == "asha"
+    assert parent.inputs.dataset_inputs[0].dataset.digest == data.manifest.digest
+    assert parent.data.metrics["trials"] == 3
+    assert parent.data.metrics["val_accuracy"] == pytest.approx(result.trials[0].value)
 
     assert len(trials) == len(result.trials) == 3
     for run in trials:
         assert run.info.status == "FINISHED"
-        assert run.data.tags["mlflow.parentRunId"] == sweep.info.run_id
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.tags["rayline.data_digest"] == data.manifest.digest
         assert run.data.tags["rayline.seed"] == "0"
         assert all(f"rayline.package.{name}" in run.data.tags for name in PACKAGES)
-        assert set(run.data.params) == set(search.search_space(PRESET))
+        assert set(run.data.params) == {parameter.name for parameter in search_space(PRESET)}
+        assert run.data.tags["rayline.rungs"] == "1,3"
+        assert run.data.tags["rayline.num_threads"] == "1"
+        assert run.data.metrics["epoch"] == int(run.data.tags["rayline.best_epoch"])
+        assert run.data.tags["rayline.epochs_trained"] in ("1", "3")
         for name in METRICS:
             epochs = {point.step for point in client.get_metric_history(run.info.run_id, name)}
             assert epochs in ({1}, {1, 2, 3}), "a trial ends at a rung"
@@ -120,8 +138,9 @@ def test_a_sweep_and_its_trials_are_recorded(
     assert max(trial.epoch for trial in result.trials) > 1
 
     ranked = ranked_trials(client, result.sweep_run_id, data.manifest.digest)
-    assert ranked[0].val_accuracy == pytest.approx(result.trials[0].val_accuracy)
-    assert not data.storage.list("tune", recursive=True)
+    assert ranked[0].val_accuracy == pytest.approx(result.trials[0].value)
+    kept = {path.rpartition("/")[2] for path in data.storage.list("sweeps", recursive=True)}
+    assert kept == {"journal.jsonl", "sweep.json"}
     lines = capsys.readouterr().out.splitlines()
     assert any("trial 1/3 starts: " in line for line in lines)
     assert any("best so far" in line for line in lines)
@@ -131,7 +150,7 @@ def test_a_sweep_and_its_trials_are_recorded(
 def test_the_recorded_checkpoint_is_that_of_the_best_epoch(
     data: Data, settings: Settings, tmp_path: Path
 ) -> None:
-    result = search.run_sweep(settings, data.storage, data.manifest, PRESET)
+    result = sweep(data, settings, PRESET)
     val = read_splits(data.storage, data.manifest, ("val",))["val"]
     for trial in result.trials:
         content = torch.load(
@@ -149,28 +168,31 @@ def test_the_recorded_checkpoint_is_that_of_the_best_epoch(
             labels = net(torch.from_numpy(val.images_NHWC)).argmax(dim=1)
         accuracy = float((labels.numpy() == val.labels_N).mean())
         assert content["epoch"] == trial.epoch
-        assert accuracy == pytest.approx(trial.val_accuracy, abs=1e-6)
+        assert accuracy == pytest.approx(trial.value, abs=1e-6)
         assert content["train_config"]["learning_rate"] == trial.params["learning_rate"]
 
 
-def only_rates(monkeypatch: pytest.MonkeyPatch, *rates: float) -> None:
-    """Let a sweep try these learning rates alone, the first of them first."""
-    space, guess = search.search_space(PRESET), search.first_guess(PRESET)
-    space["learning_rate"] = CategoricalDistribution(rates)
-    guess["learning_rate"] = rates[0]
-    monkeypatch.setattr(search, "search_space", lambda preset: space)
-    monkeypatch.setattr(search, "first_guess", lambda preset: guess)
+def only_rates(preset: Preset, *rates: float) -> Experiment:
+    """Return a search that tries these learning rates alone, the first of them first."""
+    experiment = preset_experiment(preset)
+    return replace(
+        experiment,
+        parameters=tuple(
+            Parameter(name=p.name, kind=DISCRETE, values=rates) if p.name == "learning_rate" else p
+            for p in experiment.parameters
+        ),
+        first_guesses=({**first_guesses(preset)[0], "learning_rate": rates[0]},),
+    )
 
 
 def test_a_trial_that_fails_does_not_end_the_sweep(
-    data: Data, settings: Settings, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+    data: Data, settings: Settings, client: MlflowClient
 ) -> None:
-    only_rates(monkeypatch, 1e30, 0.1)
     preset = replace(PRESET, num_trials=5, rungs=(1,))
-    result = search.run_sweep(settings, data.storage, data.manifest, preset)
-    (sweep,), trials = sweeps_and_trials(client, settings)
+    result = sweep(data, settings, preset, only_rates(preset, 1e30, 0.1))
+    (parent,), trials = sweeps_and_trials(client, settings)
     failed = [run for run in trials if run.data.params["learning_rate"] == "1e+30"]
-    assert sweep.info.status == "FINISHED"
+    assert parent.info.status == "FINISHED"
     assert result.num_failed == len(failed) > 0
     assert len(result.trials) == len(trials) - len(failed) > 0
     for run in failed:
@@ -181,13 +203,12 @@ def test_a_trial_that_fails_does_not_end_the_sweep(
 
 
 def test_a_sweep_whose_trials_all_fail_is_an_error(
-    data: Data, settings: Settings, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+    data: Data, settings: Settings, client: MlflowClient
 ) -> None:
-    only_rates(monkeypatch, 1e30)
     with pytest.raises(SearchError, match="none of 3 trials left a model"):
-        search.run_sweep(settings, data.storage, data.manifest, PRESET)
-    (sweep,), trials = sweeps_and_trials(client, settings)
-    assert [run.info.status for run in (sweep, *trials)] == ["FAILED"] * 4
+        sweep(data, settings, PRESET, only_rates(PRESET, 1e30))
+    (parent,), trials = sweeps_and_trials(client, settings)
+    assert [run.info.status for run in (parent, *trials)] == ["FAILED"] * 4
 
 
 def test_a_time_budget_too_short_for_one_epoch_is_an_error(
@@ -195,9 +216,9 @@ def test_a_time_budget_too_short_for_one_epoch_is_an_error(
 ) -> None:
     preset = replace(PRESET, time_budget_s=0.01)
     with pytest.raises(SearchError, match="time budget"):
-        search.run_sweep(settings, data.storage, data.manifest, preset)
-    (sweep,), trials = sweeps_and_trials(client, settings)
-    assert sweep.info.status == "FAILED"
+        sweep(data, settings, preset)
+    (parent,), trials = sweeps_and_trials(client, settings)
+    assert parent.info.status == "FAILED"
     assert all(run.info.status == "KILLED" for run in trials)
 
 
@@ -214,7 +235,7 @@ def test_a_sweep_runs_beside_what_reserves_the_cpus(
     try:
         assert ray.get(replica.ready.remote())
         preset = replace(PRESET, num_trials=2, rungs=(1,))
-        assert search.run_sweep(settings, data.storage, data.manifest, preset).trials
+        assert sweep(data, settings, preset).trials
     finally:
         ray.kill(replica)
 
@@ -222,36 +243,52 @@ def test_a_sweep_runs_beside_what_reserves_the_cpus(
 def test_an_mlflow_server_that_is_away_is_said_at_once(data: Data, settings: Settings) -> None:
     away = replace(settings, mlflow_uri="http://127.0.0.1:9")
     with pytest.raises(RegistryError, match="MLflow does not answer"):
-        search.run_sweep(away, data.storage, data.manifest, PRESET)
-
-
-@pytest.fixture
-def record(data: Data, settings: Settings) -> SweepRecord:
-    return start_sweep(settings, data.storage, data.manifest, PRESET, {})
+        sweep(data, away, PRESET)
 
 
 def test_a_lost_record_is_said_and_raised_at_the_end(
-    record: SweepRecord, client: MlflowClient, capsys: pytest.CaptureFixture[str]
+    data: Data, settings: Settings, client: MlflowClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    client.delete_run(record.sweep_run_id)  # It can't be written to any more.
-    record.close({"seconds": 1.0}, failed=False)
+    parent = start_sweep(
+        settings, data.storage, name="x", manifest=None, tags={}, facts={}, experiment={}
+    )
+    record = SweepRecord(settings, parent, run_ids={}, noted=lambda trial, run_id: None)
+    client.delete_run(parent.run_id)  # It can't be written to any more.
+    record.close({"seconds": 1.0}, failed=False, files={})
     with pytest.raises(RegistryError, match="is incomplete"):
         record.check()
     assert "WARNING: MLflow did not take a record" in capsys.readouterr().out
 
 
-def test_a_restored_sweep_goes_on_with_the_same_runs(
-    record: SweepRecord, client: MlflowClient, settings: Settings
+@pytest.mark.parametrize("scheduler", ["hyperband", "medianstopping", "pbt", "none"])
+def test_every_scheduler_drives_real_trials(
+    data: Data, settings: Settings, client: MlflowClient, scheduler: str
 ) -> None:
-    params: dict[str, Any] = {"learning_rate": 0.1}
-    record.trial_started("a", "trial-1", params)
-    record.trial_reported("a", 1, {"val_accuracy": 0.5})
-    record.flush()
-    restored: SweepRecord = pickle.loads(pickle.dumps(record))
-    restored.trial_started("a", "trial-1", params)
-    restored.trial_reported("a", 2, {"val_accuracy": 0.6})
-    restored.close({}, failed=False)
-    restored.check()
-    _, (trial,) = sweeps_and_trials(client, settings)
-    history = client.get_metric_history(trial.info.run_id, "val_accuracy")
-    assert [point.step for point in history] == [1, 2]
+    preset = replace(PRESET, num_trials=4, rungs=(1, 2))
+    experiment = preset_experiment(preset, sampler="random", scheduler=scheduler)
+    result = sweep(data, settings, preset, experiment)
+    _, trials = sweeps_and_trials(client, settings)
+    assert len(result.trials) == len(trials) == 4
+    assert {run.info.status for run in trials} == {"FINISHED"}
+    assert max(int(run.data.tags["rayline.epochs_trained"]) for run in trials) == 2
+    assert result.num_observations == 4
+
+
+def test_size_and_latency_can_be_searched_too(
+    data: Data, settings: Settings, client: MlflowClient
+) -> None:
+    preset = replace(PRESET, num_trials=3, rungs=(1,), widths=(8, 24))
+    experiment = replace(
+        preset_experiment(preset, scheduler="none"),
+        objectives=(
+            Objective(metric="val_accuracy", goal=MAXIMIZE),
+            Objective(metric="num_parameters", goal=MINIMIZE),
+            Objective(metric=EAGER_LATENCY_MS, goal=MINIMIZE),
+        ),
+    )
+    result = sweep(data, settings, preset, experiment)
+    front = {trial.number for trial in result.pareto}
+    fastest = min(result.trials, key=lambda trial: trial.metrics[EAGER_LATENCY_MS])
+    assert {result.trials[0].number, fastest.number} <= front
+    (parent,), _ = sweeps_and_trials(client, settings)
+    assert parent.data.metrics["pareto_trials"] == len(front)

@@ -81,6 +81,7 @@ def app_over(router: Router, storage: Storage) -> App:
         title="Rayline",
         description="test",
         authenticate=lambda headers: authenticate(keys, headers),
+        recorder=router.recorder,
     )
 
 

@@ -11,16 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lib.errors import StorageError
 from lib.serving import payload
 from lib.serving.batcher import Predict
 from lib.serving.bundle import Card
+from lib.serving.feedback import PROBE_ID
 from lib.serving.router import Images, Probabilities, Router
 from lib.storage import Storage
+from lib.watch.predictions import read, read_labels
+from lib.watch.segments import MAX_US
 from serve_apps.asgi import App
 from tests.unit.serving_parts import Response, gateway, make_predict, picture, publish, request
 
 RAW = {"content-type": "application/octet-stream"}
 IMAGE = bytes([1] + [0] * 23)
+CLASSES = ("square", "circle", "star")
 
 
 def run(tmp_path: Path, scenario: Callable[[App], Awaitable[None]], **options: Any) -> None:
@@ -88,6 +93,8 @@ def test_a_routing_key_is_sticky_and_keys_are_shared_by_weight(tmp_path: Path) -
         ("POST", "/feedback", b'{"request_id": "a", "label": 3}', {}, 422, "0–2"),
         ("POST", "/feedback", b'{"request_id": "a", "label": "cat"}', {}, 422, "square"),
         ("POST", "/feedback", b'{"request_id": "a", "label": [1]}', {}, 422, "square"),
+        ("POST", "/feedback", b'{"request_id": "a", "label": 1, "index": -1}', {}, 422, "index"),
+        ("POST", "/feedback", b'{"request_id": "a", "label": 1, "index": "0"}', {}, 422, "index"),
         ("GET", "/v2/models/cats", b"", {}, 404, "shapes"),
         ("GET", "/v2/models/shapes/versions/9", b"", {}, 404, "1, 2"),
         ("POST", "/v2/models/shapes/infer", b"[]", {}, 400, "JSON object"),
@@ -127,17 +134,102 @@ def test_an_oversize_body_is_refused_before_it_is_read_whole(
 
 def test_feedback_is_on_disk_when_it_is_acknowledged(tmp_path: Path) -> None:
     async def scenario(app: App) -> None:
+        given: list[int] = []
         for label in (1, "star"):
             body = json.dumps({"request_id": "abc", "label": label}).encode()
             assert (await request(app, "POST", "/feedback", body)).json["stored"] is True
-        storage = Storage(str(tmp_path))
-        entries = [storage.read_json(path) for path in storage.list("feedback", recursive=True)]
-        assert [(entry["request_id"], entry["label"]) for entry in entries] == [
-            ("abc", "circle"),
-            ("abc", "star"),
-        ]
+            given.append(CLASSES.index(label) if isinstance(label, str) else label)
+            labels = read_labels(Storage(str(tmp_path)), "shapes", start_us=0, end_us=MAX_US)
+            assert [(row["request_id"], row["label"]) for row in labels.to_pylist()] == [
+                ("abc", given[-1])
+            ]
+        assert labels["is_contradicted"].to_pylist() == [True]
 
     run(tmp_path, scenario)
+
+
+def test_a_label_that_can_not_be_stored_is_not_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Storage, relative: str, content: Any) -> None:
+        raise StorageError("no space left")
+
+    async def scenario(app: App) -> None:
+        body = json.dumps({"request_id": "abc", "label": 1}).encode()
+        monkeypatch.setattr(Storage, "write", full)
+        answer = await request(app, "POST", "/feedback", body)
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        monkeypatch.undo()
+        assert (await request(app, "POST", "/feedback", body)).status == 200
+        labels = read_labels(Storage(str(tmp_path)), "shapes", start_us=0, end_us=MAX_US)
+        assert labels["label"].to_pylist() == [1]
+
+    run(tmp_path, scenario)
+
+
+async def logged(app: App, tmp_path: Path) -> list[dict[str, Any]]:
+    """What the prediction log says."""
+    assert app.recorder is not None
+    await app.recorder.flush()
+    rows: list[dict[str, Any]] = read(
+        Storage(str(tmp_path)), "shapes", start_us=0, end_us=MAX_US
+    ).to_pylist()
+    return rows
+
+
+def test_answers_are_logged_one_row_for_each_image(tmp_path: Path) -> None:
+    batch = np.zeros((3, 4, 6, 1), np.uint8)
+    batch[:, 0, 0, 0] = [2, 1, 0]
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [3, 4, 6, 1]}
+    infer = json.dumps({"inputs": [{**tensor, "data": batch.tolist()}]}).encode()
+
+    async def scenario(app: App) -> None:
+        headers = {**RAW, "X-Request-Id": "one", "X-Model-Version": "2"}
+        await request(app, "POST", "/predict", IMAGE, headers)
+        large = picture(np.random.default_rng(0).integers(0, 255, (400, 400), np.uint8))
+        assert len(large) > 2**16
+        await request(app, "POST", "/predict", large, {"X-Request-Id": "large"})
+        path = "/v2/models/shapes/versions/1/infer"
+        await request(app, "POST", path, infer, {"X-Request-Id": "batch"})
+        await request(app, "POST", path, infer, {"X-Request-Id": PROBE_ID})
+        # What is wrong with a request is not the version's doing.
+        await request(app, "POST", "/predict", b"123", RAW)
+        await request(app, "POST", path, b"{}")
+        await request(app, "POST", "/predict", IMAGE, {**RAW, "x-model-version": "9"})
+        one, _, *rest = rows = await logged(app, tmp_path)
+        assert [row["request_id"] for row in rows] == ["one", "large", *3 * ["batch"]]
+        assert (one["version"], one["predicted"], one["image"]) == (2, 1, IMAGE)
+        assert one["probabilities"] == [0, 1, 0]
+        assert (one["caller"], one["status"], one["shadow"]) == ("anyone", 200, False)
+        assert 0 < one["latency_ms"] < 60_000
+        assert [(row["index"], row["predicted"]) for row in rest] == [(0, 2), (1, 1), (2, 0)]
+        assert [row["image"] for row in rest] == [image.tobytes() for image in batch]
+        assert {row["version"] for row in rest} == {1}
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(("is_late", "status"), [(True, 503), (False, 500)])
+def test_what_a_version_failed_on_is_logged_with_its_status(
+    tmp_path: Path, is_late: bool, status: int
+) -> None:
+    async def bad(card: Card, bundle: str, placement: str) -> Predict:
+        async def predict(images_NHWC: Images) -> Probabilities:
+            if is_late:
+                await asyncio.Event().wait()
+            raise RuntimeError("broken")
+
+        return predict
+
+    async def scenario(app: App) -> None:
+        headers = {**RAW, "X-Model-Version": "2"}
+        assert (await request(app, "POST", "/predict", IMAGE, headers)).status == status
+        (row,) = await logged(app, tmp_path)
+        assert (row["version"], row["status"]) == (2, status)
+        assert (row["predicted"], row["probabilities"]) == (-1, None)
+        assert row["image"] == IMAGE
+
+    run(tmp_path, scenario, make_predict=bad, deadline_s=0.05)
 
 
 def test_infer_takes_batches_in_json_and_binary_and_answers_in_either(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from tritonclient.grpc import service_pb2 as messages
 from lib.serving.keys import add_key
 from lib.serving.router import Router
 from lib.storage import Storage
+from lib.watch.predictions import read
+from lib.watch.segments import MAX_US
 from serve_apps.asgi import App
 from serve_apps.grpc_lane import GrpcLane
 from tests.unit.serving_parts import app_over, make_predict, publish
@@ -138,6 +140,23 @@ def test_a_key_is_asked_for_and_named_as_over_http(tmp_path: Path) -> None:
         assert lane._app.in_flight == 0
         # Probes of a load balancer have no key.
         assert (await lane.ServerLive(messages.ServerLiveRequest(), Context())).live
+
+    run(tmp_path, scenario)
+
+
+def test_answers_are_logged_as_over_http(tmp_path: Path) -> None:
+    async def scenario(lane: Lane) -> None:
+        await lane.ModelInfer(infer_request(), Context(x_request_id="a", x_model_version="2"))
+        await lane.ModelInfer(infer_request(model_name="cats"), Context())
+        recorder = lane._app.recorder
+        assert recorder is not None
+        await recorder.flush()
+        log = read(Storage(str(tmp_path)), "shapes", start_us=0, end_us=MAX_US)
+        assert log["request_id"].to_pylist() == ["a", "a"]
+        assert log["version"].to_pylist() == [2, 2]
+        assert log["index"].to_pylist() == [0, 1]
+        assert log["image"].to_pylist() == [image.tobytes() for image in IMAGES]
+        assert log["caller"].to_pylist() == ["anyone", "anyone"]
 
     run(tmp_path, scenario)
 

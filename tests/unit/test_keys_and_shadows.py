@@ -6,7 +6,6 @@ import asyncio
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pytest
 
 from lib.errors import ServingError
@@ -28,6 +27,8 @@ from lib.serving.payload import PayloadError
 from lib.serving.router import Images, Probabilities, Router
 from lib.serving.traffic import COLOCATED, ISOLATED, ModelTraffic
 from lib.storage import Storage
+from lib.watch.predictions import read
+from lib.watch.segments import MAX_US
 from serve_apps.asgi import App
 from serve_apps.endpoints import Endpoints, routes
 from tests.unit.serving_parts import (
@@ -176,12 +177,15 @@ def test_a_shadow_gets_copies_that_are_compared_and_kept(tmp_path: Path) -> None
         await asyncio.sleep(0)
         count = router.shadows.counts()["shapes/2"]
         assert (count["compared"], count["agreed"], count["failed"]) == (9, 3, 0)
-        router.shadows.flush()
-        files = storage.list("shadow", recursive=True)
-        rows = [orjson.loads(line) for file in files for line in storage.read(file).splitlines()]
-        assert len(rows) == 9
-        assert {row["shadow_label"] for row in rows} == {"square"}
-        assert sum(row["label"] == "square" for row in rows) == 3
+        await router.recorder.flush()
+        rows = read(storage, "shapes", start_us=0, end_us=MAX_US).to_pylist()
+        # Callers asked by an application that logs nothing, so these are the shadow's alone.
+        assert [(row["version"], row["shadow"], row["predicted"]) for row in rows] == [
+            (2, True, 0)
+        ] * 9
+        assert len({row["request_id"] for row in rows}) == 9
+        assert {row["caller"] for row in rows} == {"anyone"}
+        assert all(row["latency_ms"] > 0 and row["image"] is None for row in rows)
 
     asyncio.run(scenario())
 
@@ -207,6 +211,13 @@ def test_a_shadow_that_hangs_or_fails_reaches_no_caller(tmp_path: Path, is_slow:
         count = router.shadows.counts()["shapes/2"]
         assert count["compared"] == 0
         assert count["dropped" if is_slow else "failed"] > 0
+        if not is_slow:
+            await router.table.versions["shapes", 2].batcher.wait_idle()
+            await asyncio.sleep(0)
+        await router.recorder.flush()
+        rows = read(storage, "shapes", start_us=0, end_us=MAX_US).to_pylist()
+        assert len(rows) == (0 if is_slow else 3000)
+        assert {(row["predicted"], row["status"]) for row in rows} <= {(-1, 500)}
 
     asyncio.run(scenario())
 

@@ -96,6 +96,37 @@ def test_parts_do_not_hear_of_other_clusters(
     assert env["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
 
 
+def test_a_prometheus_that_is_given_is_used_and_none_is_started(tmp_path: Path) -> None:
+    given = line(tmp_path, RAYLINE_PROMETHEUS_URL="http://prometheus.example:9090/")
+    assert not given.starts_prometheus
+    assert given.settings_env()["RAYLINE_PROMETHEUS_URL"] == "http://prometheus.example:9090"
+    assert given.part_env("ray")["RAY_PROMETHEUS_HOST"] == "http://prometheus.example:9090"
+    # One that the line itself started, as its env file names it, is not taken as given.
+    again = line(tmp_path, RAYLINE_PROMETHEUS_URL=line(tmp_path).own_prometheus_url)
+    assert again.prometheus_url is None
+    beside = line(
+        tmp_path,
+        RAY_API_SERVER_ADDRESS="http://127.0.0.1:1234",
+        RAYLINE_PROMETHEUS_URL="http://127.0.0.1:9090",
+    )
+    assert beside.prometheus_url == "http://127.0.0.1:9090"
+
+
+def test_ray_s_dashboard_embeds_our_dashboards_of_a_grafana_and_learns_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFANA_TOKEN", "glsa_secret")
+    monkeypatch.setenv("GRAFANA_PASSWORD", "glsa_secret")
+    monkeypatch.setenv("RAY_GRAFANA_IFRAME_HOST", "https://grafana.example")
+    env = line(tmp_path, GRAFANA_URL="http://grafana:3000/").part_env("ray")
+    assert env["RAY_GRAFANA_HOST"] == "http://grafana:3000"
+    assert env["RAY_GRAFANA_IFRAME_HOST"] == "https://grafana.example"
+    assert env["RAY_GRAFANA_SERVE_DASHBOARD_UID"] == "rayline-serving"
+    assert "glsa_secret" not in env.values()
+    # Without one, Ray's own settings are left alone.
+    assert not {name for name in line(tmp_path).part_env("ray") if name.endswith("DASHBOARD_UID")}
+
+
 def test_two_homes_share_no_port_folder_or_mark(tmp_path: Path) -> None:
     one = line(tmp_path / "one")
     two = line(tmp_path / "two", RAYLINE_PORT_OFFSET="1000")

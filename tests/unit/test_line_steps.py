@@ -101,3 +101,5 @@ def test_a_job_finds_the_paths_that_its_user_meant(
     given = ["--input", "photos", "--output", "s3://bucket/out", "--model-version", "photos"]
     assert absolute_paths(given) == ["--input", str(tmp_path / "photos"), *given[2:]]
     assert absolute_paths(["--source", "mnist"]) == ["--source", "mnist"]
+    assert absolute_paths(["--uri", "models:/theirs/3"]) == ["--uri", "models:/theirs/3"]
+    assert absolute_paths(["--uri", "model"]) == ["--uri", str(tmp_path / "model")]

@@ -50,6 +50,20 @@ def test_uncommitted_changes_travel_as_a_patch_that_applies(checkout: Path) -> N
     assert (checkout / "code.py").read_text() == "one = 2\n"
 
 
+def test_new_code_travels_with_its_content(checkout: Path) -> None:
+    (checkout / "lib").mkdir()
+    (checkout / "lib" / "new module.py").write_text("two = 2\n")
+    git(checkout, "config", "diff.noprefix", "true")
+    found = collect(checkout)
+    assert found.diff is not None
+    assert "untracked" not in found.diff
+    patch = checkout / "p.patch"
+    patch.write_text(found.diff)
+    (checkout / "lib" / "new module.py").unlink()
+    git(checkout, "apply", "p.patch")
+    assert (checkout / "lib" / "new module.py").read_text() == "two = 2\n"
+
+
 def test_a_change_too_large_for_a_variable_leaves_its_digest(checkout: Path) -> None:
     (checkout / "code.py").write_text(os.urandom(200_000).hex())
     collected = collect(checkout)

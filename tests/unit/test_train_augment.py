@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
 
-from lib.train.augment import Augmentation, augment
+from lib.train.augment import Augmentation, affine_maps, augment
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -88,3 +89,13 @@ def test_images_are_never_mirrored() -> None:
 def test_a_strength_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match="strength=-1"):
         Augmentation(strength=-1)
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 28, 28), (3, 2, 12, 20), (2, 3, 1, 7)])
+def test_pixels_come_from_where_torchs_own_affine_grid_says(shape: tuple[int, ...]) -> None:
+    images = torch.rand(shape)
+    theta = affine_maps(images.shape, Augmentation(strength=2.0), seeded(3))
+    grid = functional.affine_grid(theta, list(shape), align_corners=False)
+    expected = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    moved = augment(images, Augmentation(strength=2.0), seeded(3))
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-4)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -129,6 +130,16 @@ def test_a_trial_that_diverges_says_so() -> None:
         training.run_epoch()
 
 
+def test_without_validation_images_it_trains_the_same_and_measures_training_alone() -> None:
+    with_val = trainer()
+    without = Trainer(MODEL, with_val.train_config, train=bars(640, 1))
+    with_val.run_epoch()
+    metrics = without.run_epoch()
+    assert bits(without.net) == bits(with_val.net)
+    assert metrics["train_loss"] > 0
+    assert not any(name.startswith("val_") for name in metrics)
+
+
 def test_fewer_images_than_a_batch_are_trained_on() -> None:
     few = bars(5, 1)
     training = Trainer(MODEL, TrainConfig(rungs=(1,)), train=few, val=few)
@@ -168,3 +179,22 @@ def test_it_learns_on_a_gpu() -> None:
     )
     metrics = [training.run_epoch() for _ in range(3)]
     assert metrics[-1]["val_accuracy"] > 0.98
+
+
+def test_a_state_of_another_config_is_trained_on_by_this_one() -> None:
+    """As in population-based training, which changes a configuration and keeps the weights."""
+    donor = trainer(weight_decay=0.0, momentum=0.5)
+    donor.run_epoch()
+    state = copy.deepcopy(donor.state_dict())
+    changed = trainer(weight_decay=0.3, momentum=0.8)
+    changed.load_state_dict(copy.deepcopy(state))
+    same = trainer(weight_decay=0.0, momentum=0.5)
+    same.load_state_dict(state)
+    for training in (donor, changed, same):
+        training.run_epoch()
+    assert bits(same.net) == bits(donor.net)
+    weights = [
+        sum(float(p.detach().square().sum()) for p in t.net.parameters() if p.ndim > 1)
+        for t in (donor, changed)
+    ]
+    assert weights[1] < 0.9 * weights[0], "what decays more is smaller"

@@ -51,6 +51,13 @@ def test_probabilities_for_images_of_any_shape(
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(5))
 
 
+@pytest.mark.parametrize(("growth", "widths"), [(1, [8, 8, 8]), (2, [8, 16, 16]), (4, [8, 16, 32])])
+def test_stages_double_up_to_the_growth(growth: int, widths: list[int]) -> None:
+    net = ConvNet(config(growth=growth))
+    found = [layer.out_channels for layer in net.features if isinstance(layer, torch.nn.Conv2d)]
+    assert found == widths
+
+
 def test_pixels_are_normalised_inside_the_net() -> None:
     net = ConvNet(config(channels=2, pixel_mean=(0.0, 0.5), pixel_std=(1.0, 0.25)))
     images = torch.zeros((1, 28, 28, 2), dtype=torch.uint8)

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from lib.train.resources import share
+from lib.errors import SearchError
+from lib.train.resources import granted, share
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,35 @@ def test_the_line_for_people_says_when_others_reserve_cpus() -> None:
     assert shared.describe() == (
         "2 trials at a time, each on 0.8 CPU, what others in the cluster leave free"
     )
+
+
+def test_gpus_that_no_trial_asks_for_are_left_alone() -> None:
+    shared = share(free_cpus=4.0, free_gpus=2.0, num_nodes=1, gpus_per_trial=0.0)
+    assert shared.request() == {"CPU": 1.0}
+    assert shared.num_parallel == 4
+
+
+NODES = ({"CPU": 2.0}, {"CPU": 8.0, "GPU": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "request_", "num_parallel"),
+    [
+        (0.5, 0.0, {"CPU": 0.5}, 12),
+        (4.0, 0.0, {"CPU": 4.0}, 1),
+        (None, 0.5, {"CPU": 1.0, "GPU": 0.5}, 2),
+        (7.0, 0.0, {"CPU": 7.0}, 1),  # More than is free: it waits.
+    ],
+)
+def test_a_trial_gets_what_it_asks_for(
+    cpus: float | None, gpus: float, request_: dict[str, float], num_parallel: int
+) -> None:
+    got = granted(cpus=cpus, gpus=gpus, nodes=NODES, free={"CPU": 6.0, "GPU": 1.0})
+    assert got.request() == request_
+    assert got.num_parallel == num_parallel
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(9.0, 0.0), (1.0, 2.0)])
+def test_more_than_any_node_has_is_refused(cpus: float, gpus: float) -> None:
+    with pytest.raises(SearchError, match="no node of the cluster has as much"):
+        granted(cpus=cpus, gpus=gpus, nodes=NODES, free={"CPU": 6.0, "GPU": 1.0})

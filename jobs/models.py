@@ -1,0 +1,143 @@
+"""Every model, findable and returnable.
+
+    python -m jobs.models best                      # by validation; --split test, --data DIGEST
+    python -m jobs.models best --rank 3 --fetch DIR # the third best, and its files
+    python -m jobs.models list --trials             # the leaderboard; --trials: not only versions
+    python -m jobs.models show champion             # all that is known of one; a number does too
+    python -m jobs.models diff 3 4
+    python -m jobs.models fetch 3 DIR               # mlflow.pyfunc.load_model("DIR") loads it
+    python -m jobs.models delete 3 --dry-run
+    python -m jobs.models gc                        # what nothing refers to; --yes removes it
+    python -m jobs.models backup DIR                # --with-data, --with-keys
+    python -m jobs.models restore DIR               # into an empty line
+
+Needs MLflow and storage, not Ray. The last line is JSON; --json leaves only that on the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lib.cli import run
+from lib.config import Settings
+from lib.registry import backup, fetch, garbage, inspection, leaderboard, removal, restore, views
+from lib.storage import Storage
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, do it, print it."""
+    arguments = _parse(argv)
+
+    def job() -> Mapping[str, Any]:
+        settings = Settings.from_env()
+        return _VERBS[arguments.verb](settings, Storage(settings.storage), arguments)
+
+    run(job, only_json=arguments.json)
+
+
+def _best(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    board = leaderboard.leaderboard(settings, storage, split=asked.split, data=asked.data)
+    entry = leaderboard.best(board, asked.rank)
+    got = fetch.fetch(settings, str(entry.version), asked.fetch) if asked.fetch else None
+    views.print_best(entry, asked.split, got["folder"] if got else None)
+    return {**entry.to_json(), "fetched": got}
+
+
+def _list(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    board = leaderboard.leaderboard(
+        settings, storage, split=asked.split, data=asked.data, with_trials=asked.trials
+    )
+    views.print_board(board, asked.top)
+    return board.to_json(asked.top)
+
+
+def _show(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    content = inspection.describe(settings, storage, asked.version)
+    views.print_description(content)
+    return content
+
+
+def _diff(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    a, b = (inspection.describe(settings, storage, ref) for ref in (asked.a, asked.b))
+    content = inspection.difference(a, b)
+    views.print_difference(content)
+    return content
+
+
+def _fetch(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    return fetch.fetch(settings, asked.version, asked.folder)
+
+
+def _delete(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    return removal.delete(settings, storage, asked.version, dry_run=asked.dry_run)
+
+
+def _gc(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    content = garbage.collect(settings, storage, remove=asked.yes)
+    views.print_garbage(content)
+    return content
+
+
+def _backup(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    return backup.backup(
+        settings, storage, asked.folder, with_data=asked.with_data, with_keys=asked.with_keys
+    )
+
+
+def _restore(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    return restore.restore(settings, storage, asked.folder)
+
+
+_VERBS = {
+    "best": _best,
+    "list": _list,
+    "show": _show,
+    "diff": _diff,
+    "fetch": _fetch,
+    "delete": _delete,
+    "gc": _gc,
+    "backup": _backup,
+    "restore": _restore,
+}
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    everywhere = argparse.ArgumentParser(add_help=False)
+    everywhere.add_argument("--json", action="store_true", help="print JSON only")
+    ranking = argparse.ArgumentParser(add_help=False)
+    ranking.add_argument("--split", choices=leaderboard.SPLITS, default="val")
+    ranking.add_argument("--data", metavar="DIGEST", help="of one data set; its start will do")
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.models",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar=" | ".join(_VERBS))
+    best, listed, show, diff, fetched, deleted, gc, saved, restored = (
+        verbs.add_parser(verb, parents=[everywhere, *([ranking] if verb in _RANKED else [])])
+        for verb in _VERBS
+    )
+    best.add_argument("--rank", type=int, default=1, help="1 is the best")
+    best.add_argument("--fetch", type=Path, metavar="DIR", help="copy its files there")
+    listed.add_argument("--trials", action="store_true", help="trials that are no versions too")
+    listed.add_argument("--top", type=int, default=30, help="how many rows")
+    for verb in (show, fetched, deleted):
+        verb.add_argument("version", help="a number or an alias")
+    diff.add_argument("a", help="a number or an alias")
+    diff.add_argument("b", help="a number or an alias")
+    for verb in (fetched, saved, restored):
+        verb.add_argument("folder", type=Path, metavar="DIR")
+    deleted.add_argument("--dry-run", action="store_true", help="only say what would go")
+    gc.add_argument("--yes", action="store_true", help="remove what was found")
+    saved.add_argument("--with-data", action="store_true", help="the images too")
+    saved.add_argument("--with-keys", action="store_true", help="the hashes of API keys too")
+    return parser.parse_args(argv)
+
+
+_RANKED = ("best", "list")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Rebuild a version from its record and prove that it is the same.
+
+python -m jobs.reproduce 3
+python -m jobs.reproduce champion --rebuild-env
+
+Runs in the project's git checkout, not as a submitted job: Ray leaves the history behind. Ends
+with exit code 1 if the result differs by more than noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from lib import cli
+from lib.config import Settings
+from lib.line.layout import PROJECT_ROOT
+from lib.registry.models import resolve
+from lib.registry.reproduce import How, reproduce
+from lib.registry.verdict import DIFFERS
+from lib.storage import Storage
+
+
+def main() -> None:
+    """Parse the arguments, train again, print the verdict."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("version", help="a number or an alias")
+    parser.add_argument("--this-code", action="store_true", help="not the recorded commit")
+    parser.add_argument("--this-env", action="store_true", help="even if torch differs")
+    parser.add_argument("--rebuild-env", action="store_true", help="recorded packages, in a venv")
+    arguments = parser.parse_args()
+
+    def job() -> dict[str, Any]:
+        settings = Settings.from_env()
+        found = reproduce(
+            settings,
+            Storage(settings.storage),
+            resolve(settings, settings.model, arguments.version),
+            root=PROJECT_ROOT,
+            how=How(
+                this_code=arguments.this_code,
+                this_env=arguments.this_env,
+                rebuild_env=arguments.rebuild_env,
+            ),
+        )
+        cli.progress("reproduce", found.describe())
+        if found.verdict == DIFFERS:
+            print(json.dumps(found.summary()), flush=True)
+            sys.exit(1)
+        return found.summary()
+
+    cli.run(job)
+
+
+if __name__ == "__main__":
+    main()

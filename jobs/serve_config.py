@@ -1,0 +1,34 @@
+"""Prints what Serve runs now as a patch for a RayService, which must know it to bring it back.
+
+kubectl patch rayservice rayline-serve --type merge -p "$(python -m jobs.serve_config | tail -n 1)"
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from lib.cli import run
+from lib.config import Settings
+from lib.errors import ServingError
+from lib.serving.client import ServeClient, live_applications
+from lib.serving.plan import GATEWAY, ray_service_patch
+
+
+def main() -> Mapping[str, Any]:
+    """Return the patch; raise ServingError where nothing is served."""
+    argparse.ArgumentParser(
+        prog="python -m jobs.serve_config",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
+    settings = Settings.from_env()
+    live = live_applications(ServeClient(settings).details())
+    if GATEWAY not in live:
+        raise ServingError("there is no gateway yet: run jobs.deploy first")
+    return ray_service_patch(settings, live)
+
+
+if __name__ == "__main__":
+    run(main)

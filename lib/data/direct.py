@@ -1,0 +1,85 @@
+"""Reads a data set in this process alone: pyarrow and nothing else, one shard at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lib.data.checks import ROW_ID_BYTES
+from lib.data.manifest import Manifest, Shard
+from lib.data.shards import split_digest
+from lib.errors import DataError
+from lib.storage import Storage
+
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+
+def read_split(storage: Storage, manifest: Manifest, split: str) -> tuple[Images, Labels]:
+    """Return a split's images (N, H, W, C) and labels in shard order.
+
+    Raises DataError if a shard is damaged or the rows are not those of the manifest.
+    """
+    images = np.empty((manifest.rows(split), int(np.prod(manifest.shape))), dtype=np.uint8)
+    labels = np.empty(len(images), dtype=np.int64)
+    start = 0
+    for table in _checked_shards(storage, manifest, split):
+        stop = start + table.num_rows
+        images[start:stop] = byte_rows(table.column("image"), images.shape[1])
+        labels[start:stop] = table.column("label").to_numpy()
+        start = stop
+    return images.reshape(-1, *manifest.shape), labels
+
+
+def check_data(storage: Storage, manifest: Manifest) -> int:
+    """Read every shard and compare it with the manifest; return how many rows were checked.
+
+    Raises DataError naming the first shard or split that is not what was recorded.
+    """
+    return sum(
+        table.num_rows
+        for split in manifest.split_digests
+        for table in _checked_shards(storage, manifest, split)
+    )
+
+
+def read_shard(storage: Storage, shard: Shard, columns: list[str] | None = None) -> pa.Table:
+    """Return a shard's rows; raise DataError if its bytes are not those of the manifest."""
+    content = storage.read_buffer(shard.path)
+    if hashlib.sha256(content).hexdigest() != shard.sha256:
+        raise DataError(f"{shard.path} is damaged: its SHA-256 is not the manifest's")
+    table = pq.read_table(pa.BufferReader(content), columns=columns)
+    if table.num_rows != shard.rows:
+        raise DataError(f"{shard.path} has {table.num_rows} rows, the manifest says {shard.rows}")
+    return table
+
+
+def _checked_shards(storage: Storage, manifest: Manifest, split: str) -> Iterator[pa.Table]:
+    """Yield a split's shards; the last step compares the digest of all its rows."""
+    ids, labels = [], []
+    for shard in manifest.shards:
+        if shard.split != split:
+            continue
+        table = read_shard(storage, shard)
+        ids.append(byte_rows(table.column("row_id"), ROW_ID_BYTES))
+        labels.append(table.column("label").to_numpy())
+        yield table
+    found = split_digest(np.concatenate(ids), np.concatenate(labels)) if ids else None
+    if found != manifest.split_digests[split]:
+        raise DataError(
+            f"data set {manifest.digest[:12]} at {storage.uri}: the rows of {split} are not those "
+            f"of its manifest; run jobs.ingest again with its source, {manifest.source}"
+        )
+
+
+def byte_rows(column: pa.ChunkedArray, width: int) -> Images:
+    """Return a fixed-size binary column as rows of bytes."""
+    values = column.combine_chunks()
+    start = values.offset * width
+    content = np.frombuffer(values.buffers()[1], dtype=np.uint8)
+    return content[start : start + len(values) * width].reshape(-1, width)

@@ -1,0 +1,224 @@
+"""Parquet files of images and labels: how large sets come.
+
+An image is raw pixels (fixed-size binary), or a PNG or JPEG file (binary, or the struct with
+`bytes` that the Hugging Face hub writes); a label is a whole number or a class name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lib.data.checks import Labels, check_class_names, check_labels, check_same_shape
+from lib.data.parquet_reader import IMAGE, ParquetReader, Piece, StagedReader, opened, pictures
+from lib.data.pictures import DECODE_ERRORS, MODE_CHANNELS, decode
+from lib.data.readers import RawReader, Reader, Shape
+from lib.data.shards import chunk_rows
+from lib.data.sources import CLASSES_FILE, Opened, SplitRows, read_class_names, sha256_files
+from lib.data.staging import Staging
+from lib.errors import DataError
+from lib.storage import Storage
+
+LABEL = "label"
+SHAPE_METADATA = b"rayline.shape"
+_SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+_MAX_CHUNKS_PER_GROUP = 4
+"""A task decodes a row group from its start: larger ones are unpacked once instead."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParquetSource:
+    """DIR/*.parquet; a file's folder or the start of its name says its split, else train."""
+
+    name: str
+    root: Storage
+    files: Mapping[str, tuple[str, ...]]
+    """Split → paths, in order."""
+    digests: Mapping[str, str]
+    class_names: tuple[str, ...] | None
+    """Given, or of `classes.txt`; else the labels themselves say."""
+
+    @classmethod
+    def find(
+        cls,
+        root: Storage,
+        *,
+        name: str,
+        only: str | None = None,
+        class_names: tuple[str, ...] | None = None,
+    ) -> ParquetSource:
+        """List and hash the files, or `only` one."""
+        files: dict[str, list[str]] = {}
+        for path in [only] if only else parquet_files(root):
+            files.setdefault(_split_of(path), []).append(path)
+        names = [path for paths in files.values() for path in paths]
+        if class_names is None:
+            class_names = read_class_names(root)
+            names += [CLASSES_FILE] if class_names else []
+        return cls(
+            name=name,
+            root=root,
+            files={split: tuple(files[split]) for split in sorted(files, reverse=True)},
+            digests=dict(zip(names, sha256_files(root, names), strict=True)),
+            class_names=class_names,
+        )
+
+    def open(self, staging: Staging) -> Opened:
+        """Read heads and labels; unpack files whose row groups are too large for a task."""
+        heads = {path: _head(self.root, path) for paths in self.files.values() for path in paths}
+        shapes = {path: _shape(self.root, path, head) for path, head in heads.items()}
+        check_same_shape(shapes)
+        shape = next(iter(shapes.values()))
+        columns = {path: self._label_column(path) for path in heads}
+        class_names, classes_from = self.class_names, CLASSES_FILE
+        if class_names is None:
+            classes_from = next(iter(heads))
+            class_names = _class_names(columns)
+            check_class_names(self.name, class_names)
+        labels = {
+            path: _labels(path, column, class_names, classes_from)
+            for path, column in columns.items()
+        }
+        return Opened(
+            class_names=class_names,
+            shape=shape,
+            splits=tuple(
+                SplitRows(
+                    split=split,
+                    labels=np.concatenate([labels[path] for path in paths]),
+                    reader=self._reader(split, heads, shape, staging),
+                    labels_name=f"{self.name}/{split}" if len(self.files) > 1 else self.name,
+                )
+                for split, paths in self.files.items()
+            ),
+        )
+
+    def _label_column(self, path: str) -> pa.ChunkedArray:
+        with opened(self.root, path) as file:
+            column = file.read(columns=[LABEL]).column(LABEL)
+        if column.null_count:
+            row = pc.index(pc.is_null(column), True).as_py()
+            raise DataError(f"{path}: row {row}: no label; remove the row or give it one")
+        return column
+
+    def _reader(
+        self, split: str, heads: Mapping[str, pq.FileMetaData], shape: Shape, staging: Staging
+    ) -> Reader:
+        pieces = []
+        for path in self.files[split]:
+            row = 0
+            for group in range(heads[path].num_row_groups):
+                rows = heads[path].row_group(group).num_rows
+                pieces.append(Piece(path=path, group=group, file_row=row, start=0, stop=rows))
+                row += rows
+        mode = {channels: mode for mode, channels in MODE_CHANNELS.items()}[shape[2]]
+        reader = ParquetReader(root=self.root, pieces=tuple(pieces), mode=mode)
+        largest = max((piece.stop for piece in pieces), default=0)
+        if largest <= _MAX_CHUNKS_PER_GROUP * chunk_rows(shape):
+            return reader
+        rows = sum(piece.stop for piece in pieces)
+        path = staging.add(
+            f"{split}-images", self._unpack(split, shape), rows * int(np.prod(shape))
+        )
+        raw = RawReader(
+            name=path, root=staging.storage, path=path, offset_bytes=0, start=0, stop=rows
+        )
+        return StagedReader(raw=raw, names=reader)
+
+    def _unpack(self, split: str, shape: Shape) -> Iterator[memoryview]:
+        rows = chunk_rows(shape)
+        mode = {channels: mode for mode, channels in MODE_CHANNELS.items()}[shape[2]]
+        for path in self.files[split]:
+            row = 0
+            with opened(self.root, path) as file:
+                for batch in file.iter_batches(batch_size=rows, columns=[IMAGE]):
+                    images = pictures(batch.column(0), shape, mode, path, row)
+                    yield images.reshape(-1).data
+                    row += batch.num_rows
+
+
+def parquet_files(root: Storage) -> list[str]:
+    """Return the Parquet files in a folder and in its folders."""
+    return [path for path in root.list("", recursive=True) if path.endswith(".parquet")]
+
+
+def _split_of(path: str) -> str:
+    *folders, name = path.split("/")
+    words = [*folders, re.split(r"[-._]", name)[0]]
+    return next((_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES), "train")
+
+
+def _head(root: Storage, path: str) -> pq.FileMetaData:
+    with opened(root, path) as file:
+        there = file.schema_arrow.names
+        if missing := [name for name in (IMAGE, LABEL) if name not in there]:
+            raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(there)}")
+        return file.metadata
+
+
+def _shape(root: Storage, path: str, head: pq.FileMetaData) -> Shape:
+    """Return what the schema says, or what the first picture is."""
+    schema = head.schema.to_arrow_schema()
+    kind = schema.field(IMAGE).type
+    if not pa.types.is_fixed_size_binary(kind):
+        return _first_picture(root, path)
+    said = (schema.metadata or {}).get(SHAPE_METADATA)
+    if said is not None:
+        height, width, channels = (int(side) for side in said.split(b","))
+        return (height, width, channels)
+    for channels in MODE_CHANNELS.values():
+        side = math.isqrt(kind.byte_width // channels)
+        if side * side * channels == kind.byte_width:
+            return (side, side, channels)
+    raise DataError(
+        f"{path}: row 0: {kind.byte_width} bytes are no square image; write the schema's metadata "
+        f"{SHAPE_METADATA.decode()}=HEIGHT,WIDTH,CHANNELS"
+    )
+
+
+def _first_picture(root: Storage, path: str) -> Shape:
+    with opened(root, path) as file:
+        first: Any = next(file.iter_batches(batch_size=1, columns=[IMAGE]), None)
+    if first is None or not first.num_rows:
+        raise DataError(f"{path}: no rows; remove the file")
+    value = first.column(0)[0].as_py()
+    body: Any = value.get("bytes") if isinstance(value, dict) else value
+    try:
+        pixels, mode = decode(body)
+    except (*DECODE_ERRORS, TypeError) as error:
+        raise DataError(
+            f"{path}: row 0: unreadable picture: {error}; repair or remove it"
+        ) from error
+    return (pixels.shape[0], pixels.shape[1], MODE_CHANNELS[mode])
+
+
+def _class_names(columns: Mapping[str, pa.ChunkedArray]) -> tuple[str, ...]:
+    values = [pc.unique(column).to_pylist() for column in columns.values()]
+    there = {value for value_list in values for value in value_list}
+    if all(isinstance(value, int) for value in there):
+        return tuple(str(label) for label in range(max(there, default=-1) + 1))
+    return tuple(sorted(str(value) for value in there))
+
+
+def _labels(
+    path: str, column: pa.ChunkedArray, class_names: tuple[str, ...], classes_from: str
+) -> Labels:
+    if pa.types.is_integer(column.type):
+        labels: Labels = column.to_numpy().astype(np.int32)
+        check_labels(path, labels, len(class_names), classes_from)
+        return labels
+    found = pc.index_in(pc.cast(column, pa.string()), value_set=pa.array(class_names))
+    if found.null_count:
+        row = pc.index(pc.is_null(found), True).as_py()
+        raise DataError(
+            f"{path}: row {row}: no class {column[row].as_py()!r} among {', '.join(class_names)}"
+        )
+    return found.to_numpy().astype(np.int32)

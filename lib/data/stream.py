@@ -1,0 +1,144 @@
+"""Shuffled batches of a split that need not fit in memory: training reads large sets by it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lib.data.manifest import Manifest, Shard
+from lib.data.readers import Images
+from lib.data.splits import row_hash
+from lib.errors import DataError
+from lib.storage import Storage
+
+WINDOW_BYTES = 64 * 2**20
+"""Pixels that are shuffled together; at most two windows are held."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Some rows of a split, in the order that they are trained in."""
+
+    images_NHWC: Images
+    labels_N: npt.NDArray[np.int64]
+
+
+@dataclass(kw_only=True)
+class EpochStream:
+    """Yields every row of a split once an epoch.
+
+    The shards are shuffled, then the rows of a window of shards among each other. The order
+    depends on seed and epoch alone, so training starts again at any epoch.
+    """
+
+    storage: Storage
+    manifest: Manifest
+    split: str
+    batch_size: int
+    seed: int = 0
+    window_bytes: int = WINDOW_BYTES
+    num_threads: int = 2
+    max_windows_held: int = field(default=0, init=False)
+    """The most windows that were being read or given out at once."""
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch; the last one may be smaller.
+
+        Raises DataError naming the shard if one is damaged, StorageError if one is missing.
+        """
+        shards = [shard for shard in self.manifest.shards if shard.split == self.split]
+        if not shards:
+            raise DataError(f"data set {self.manifest.digest[:12]} has no split {self.split!r}")
+        # Seed and epoch each get a range of their own: (0, 1) and (1, 0) are other orders.
+        seed = self.seed * 2**32 + number
+        order = np.argsort(row_hash(len(shards), seed))
+        windows = list(self._windows([shards[index] for index in order]))
+        left: Batch | None = None
+        with ThreadPoolExecutor(self.num_threads) as decoders, ThreadPoolExecutor(1) as ahead:
+            pending = ahead.submit(self._read, windows[0], seed, decoders)
+            for index in range(len(windows)):
+                window = pending.result()
+                if index + 1 < len(windows):
+                    pending = ahead.submit(self._read, windows[index + 1], seed, decoders)
+                self.max_windows_held = max(
+                    self.max_windows_held, 2 if index + 1 < len(windows) else 1
+                )
+                for batch in _cut(left, window, self.batch_size):
+                    left = batch if len(batch.labels_N) < self.batch_size else None
+                    if left is None:
+                        yield batch
+                del window
+            if left is not None:
+                yield left
+
+    def _windows(self, shards: Sequence[Shard]) -> Iterator[list[Shard]]:
+        row_bytes = int(np.prod(self.manifest.shape))
+        window: list[Shard] = []
+        for shard in shards:
+            if window and sum(s.rows for s in [*window, shard]) * row_bytes > self.window_bytes:
+                yield window
+                window = []
+            window.append(shard)
+        yield window
+
+    def _read(self, shards: Sequence[Shard], seed: int, decoders: ThreadPoolExecutor) -> Batch:
+        """Read a window; every row goes straight to its place in the shuffled window."""
+        rows = sum(shard.rows for shard in shards)
+        places = np.argsort(row_hash(rows, seed ^ int(shards[0].sha256[:8], 16)))
+        images = np.empty((rows, *self.manifest.shape), dtype=np.uint8)
+        labels = np.empty(rows, dtype=np.int64)
+        starts = np.cumsum([0] + [shard.rows for shard in shards])
+
+        def place(index: int) -> None:
+            table = read_shard(self.storage, shards[index])
+            there = places[starts[index] : starts[index + 1]]
+            row = 0
+            for chunk in table.column("image").chunks:
+                width = chunk.type.byte_width
+                pixels = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)[chunk.offset * width :]
+                part = pixels[: len(chunk) * width].reshape(-1, *self.manifest.shape)
+                images[there[row : row + len(chunk)]] = part
+                row += len(chunk)
+            labels[there] = table.column("label").to_numpy()
+
+        list(decoders.map(place, range(len(shards))))
+        return Batch(images_NHWC=images, labels_N=labels)
+
+
+def read_shard(storage: Storage, shard: Shard) -> pa.Table:
+    """Read the images and labels of a shard; raise DataError if it is not the manifest's."""
+    content = storage.read_buffer(shard.path)
+    if hashlib.sha256(content).hexdigest() != shard.sha256:
+        raise DataError(
+            f"{shard.path} at {storage.uri} is damaged: its SHA-256 is not the manifest's; "
+            "delete it and run jobs.ingest again with the source"
+        )
+    table = pq.read_table(pa.BufferReader(content), columns=["image", "label"], use_threads=False)
+    if table.num_rows != shard.rows:
+        raise DataError(f"{shard.path} has {table.num_rows} rows, the manifest says {shard.rows}")
+    return table
+
+
+def _cut(left: Batch | None, window: Batch, size: int) -> Iterator[Batch]:
+    """Cut a window into batches, the first one filled up from what the last window left."""
+    start = 0
+    if left is not None:
+        start = min(size - len(left.labels_N), len(window.labels_N))
+        yield Batch(
+            images_NHWC=np.concatenate([left.images_NHWC, window.images_NHWC[:start]]),
+            labels_N=np.concatenate([left.labels_N, window.labels_N[:start]]),
+        )
+    for first in range(start, len(window.labels_N), size):
+        images = window.images_NHWC[first : first + size]
+        # The rest is copied: a view would keep its whole window in memory.
+        yield Batch(
+            images_NHWC=images if len(images) == size else images.copy(),
+            labels_N=window.labels_N[first : first + size],
+        )

@@ -1,0 +1,62 @@
+"""A version's files in a local folder, ready for MLflow, ONNX Runtime or torch alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lib.config import Settings
+from lib.errors import RegistryError
+from lib.registry.models import Version, model_location, resolve
+from lib.registry.server import connect, download, explained
+from lib.serving.bundle import CARD_FILE, ONNX_FILE
+
+
+def fetch(settings: Settings, ref: str, folder: Path) -> dict[str, Any]:
+    """Copy the version that a number or an alias names into `folder`, whole or not at all.
+
+    `mlflow.pyfunc.load_model(folder)` then loads it without this project. Raises RegistryError if
+    the folder holds anything.
+    """
+    folder = folder.expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RegistryError(f"{folder} is not empty: nothing is overwritten; name a new folder")
+    version = resolve(settings, settings.model, ref)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".rayline-fetch-", dir=folder.parent) as place:
+        model = download_model(settings, version, Path(place) / "model")
+        card_file = model / CARD_FILE
+        if card_file.exists():
+            card = {**json.loads(card_file.read_text()), "version": version.version}
+            card_file.write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
+        # Takes the place of an empty folder, and of nothing else.
+        model.rename(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        "version": version.version,
+        "run_id": version.run_id,
+        "folder": str(folder),
+        "files": [path.relative_to(folder).as_posix() for path in files],
+        "size_bytes": sum(path.stat().st_size for path in files),
+        "load": f"mlflow.pyfunc.load_model({str(folder)!r})",
+        "onnx": str(folder / ONNX_FILE) if (folder / ONNX_FILE).exists() else None,
+    }
+
+
+def download_model(settings: Settings, version: Version, folder: Path) -> Path:
+    """Copy the files of a version, as MLflow keeps them, and return the folder with `MLmodel`."""
+    client = connect(settings)
+    with explained(settings, f"finding the files of version {version.version}"):
+        source = model_location(client, version.name, version.version)
+    folder.mkdir(parents=True)
+    found = download(settings, source, folder)
+    if not (found / "MLmodel").is_file():
+        shutil.rmtree(found)
+        raise RegistryError(
+            f"version {version.version} of {version.name!r} has no MLmodel file at {source}: its "
+            "files were deleted; restore a backup, or register its sweep again"
+        )
+    return found

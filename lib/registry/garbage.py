@@ -1,0 +1,277 @@
+"""What nothing refers to any more: found and listed first, removed when asked to.
+
+Looked through are the storage root and all experiments of the MLflow server. Runs, with their
+parameters and metrics, are never touched; neither are checkpoints that can become a version.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.fs as pafs
+from mlflow import MlflowClient
+from mlflow.entities import Experiment, LoggedModel, Run
+
+from lib.cli import progress
+from lib.config import Settings
+from lib.errors import RaylineError, ServingError
+from lib.registry.models import logged_model_id
+from lib.registry.publish import MODEL_NAME_TAG
+from lib.registry.removal import artifact_bytes, remove_artifacts, remove_folder, remove_model
+from lib.registry.server import connect, explained
+from lib.serving import policy
+from lib.serving.bundle import bundle_path
+from lib.serving.client import ServeClient, live_applications
+from lib.storage import Storage
+
+GRACE_S = 3600.0
+"""What is younger is left alone: a job may be about to refer to it."""
+TUNE_GRACE_S = 7 * 24 * 3600.0
+"""Of the state of a sweep that ended without cleaning up: until then it can be resumed."""
+_COLLECTED_TAG = "rayline.checkpoint_collected"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Garbage:
+    """One thing that nothing refers to."""
+
+    kind: str
+    what: str
+    """Path below the storage root, or the run or logged model."""
+    why: str
+    size_bytes: int
+    remove: Callable[[], None] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what it is as JSON types."""
+        return {"kind": self.kind, "what": self.what, "why": self.why, "bytes": self.size_bytes}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collector:
+    """Looks for garbage; nothing is removed by looking."""
+
+    settings: Settings
+    storage: Storage
+    client: MlflowClient
+    grace_s: float = GRACE_S
+    tune_grace_s: float = TUNE_GRACE_S
+    now_s: float = field(default_factory=time.time)
+
+    def find(self) -> tuple[list[Garbage], list[str]]:
+        """Return what nothing refers to, and notes on what could not be looked at."""
+        notes: list[str] = []
+        with explained(self.settings, "looking for what nothing refers to"):
+            experiments = _pages(self.client.search_experiments)
+            versions = _pages(self.client.search_model_versions)
+            found = [
+                *self._logged_models(experiments, {logged_model_id(v) for v in versions}),
+                *self._checkpoints(experiments, {version.run_id for version in versions}),
+                *self._sweep_state(),
+                *self._half_written(),
+            ]
+            kept = {bundle_path(v.name, int(v.version), v.run_id) for v in versions if v.run_id}
+            bundles = self._folders("models", depth=2)
+            if kept & set(bundles) or not bundles:
+                found += [*self._bundles(bundles, kept), *self._steps(experiments)]
+            else:
+                notes.append(
+                    f"bundles and steps were left alone: {self.settings.mlflow_uri} has no version "
+                    "of any of them; is MLFLOW_TRACKING_URI the server of this storage?"
+                )
+        try:
+            found += self._code()
+        except ServingError:
+            notes.append("code archives were left alone: only a Serve that answers knows its own")
+        return found, notes
+
+    def _logged_models(
+        self, experiments: list[Experiment], taken: set[str | None]
+    ) -> Iterator[Garbage]:
+        """Models that an interrupted registration or delete left."""
+        ids = [experiment.experiment_id for experiment in experiments]
+        models = _pages(self.client.search_logged_models, experiment_ids=ids) if ids else []
+        for model in models:
+            is_ours = MODEL_NAME_TAG in model.tags and model.model_id not in taken
+            if is_ours and self._is_old(model.creation_timestamp / 1000, self.grace_s):
+                yield self._logged_model(model)
+
+    def _logged_model(self, model: LoggedModel) -> Garbage:
+        def remove() -> None:
+            remove_model(self.client, self.settings, model.model_id, model.artifact_location)
+
+        return Garbage(
+            kind="logged model",
+            what=model.model_id,
+            why=f"no version of {model.tags[MODEL_NAME_TAG]} has it",
+            size_bytes=artifact_bytes(self.settings, model.artifact_location),
+            remove=remove,
+        )
+
+    def _checkpoints(
+        self, experiments: list[Experiment], taken: set[str | None]
+    ) -> Iterator[Garbage]:
+        """Checkpoints of trials that failed or were cut off: only finished ones are registered."""
+        query = "tags.`rayline.kind` = 'trial' and attributes.status != 'FINISHED'"
+        ids = [experiment.experiment_id for experiment in experiments]
+        runs = _pages(self.client.search_runs, experiment_ids=ids, filter_string=query)
+        for run in runs:
+            is_over = run.info.status in ("FAILED", "KILLED")
+            ended_s = (run.info.end_time or 0) / 1000
+            seen = run.info.run_id in taken or _COLLECTED_TAG in run.data.tags
+            if is_over and not seen and self._is_old(ended_s, self.tune_grace_s):
+                yield from self._checkpoint(run)
+
+    def _checkpoint(self, run: Run) -> Iterator[Garbage]:
+        location = f"{run.info.artifact_uri}/checkpoint"
+        size_bytes = artifact_bytes(self.settings, location)
+        if not size_bytes:
+            return
+
+        def remove() -> None:
+            remove_artifacts(self.settings, location)
+            # Else every later look would ask for its files again.
+            self.client.set_tag(run.info.run_id, _COLLECTED_TAG, "true")
+
+        yield Garbage(
+            kind="checkpoint",
+            what=run.info.run_id,
+            why=f"its trial ended {run.info.status}",
+            size_bytes=size_bytes,
+            remove=remove,
+        )
+
+    def _bundles(
+        self, bundles: Mapping[str, tuple[int, float]], registered: set[str]
+    ) -> Iterator[Garbage]:
+        served = policy.current(self.storage)
+        kept = set(registered)
+        for traffic in served.models.values() if served else ():
+            kept |= set(traffic.bundles.values())
+        for path, (size_bytes, newest_s) in bundles.items():
+            if path not in kept and self._is_old(newest_s, self.grace_s):
+                why = "no version, and nothing that is served, has it"
+                yield self._folder("bundle", path, why, size_bytes)
+
+    def _steps(self, experiments: list[Experiment]) -> Iterator[Garbage]:
+        """Kept results of sweeps that are gone: the step would not count any more."""
+        ids = [experiment.experiment_id for experiment in experiments]
+        query = "tags.`rayline.kind` = 'sweep'"
+        sweeps = _pages(self.client.search_runs, experiment_ids=ids, filter_string=query)
+        there = {run.info.run_id for run in sweeps}
+        for path, info in self._files("steps/tune").items():
+            sweep = self.storage.read_json(path).get("result", {}).get("sweep_run_id")
+            if sweep not in there and self._is_old(info.mtime.timestamp(), self.grace_s):
+                yield self._file("step", path, f"MLflow has no sweep {sweep}", info.size or 0)
+
+    def _sweep_state(self) -> Iterator[Garbage]:
+        """What trials of a sweep that never ended would go on from; its journal is kept."""
+        for path, (size_bytes, newest_s) in self._folders("sweeps", depth=2).items():
+            if not path.endswith("/journal") and self._is_old(newest_s, self.tune_grace_s):
+                days = (self.now_s - newest_s) / 86400
+                why = f"state of a sweep that stopped {days:.0f} days ago"
+                yield self._folder("sweep state", path, why, size_bytes)
+
+    def _half_written(self) -> Iterator[Garbage]:
+        for path, info in self._files("", hidden=True).items():
+            is_ours = info.base_name.startswith(".tmp-")
+            if is_ours and self._is_old(info.mtime.timestamp(), self.grace_s):
+                yield self._file("half-written", path, "its writer died", info.size or 0)
+
+    def _code(self) -> Iterator[Garbage]:
+        files = self._files("code")
+        if not files:
+            return
+        live = live_applications(ServeClient(self.settings).details())
+        used = {str(config.get("runtime_env", {}).get("working_dir")) for config in live.values()}
+        for path, info in files.items():
+            is_used = any(uri.endswith(f"/{path}") for uri in used)
+            if not is_used and self._is_old(info.mtime.timestamp(), self.grace_s):
+                yield self._file("code", path, "no application runs it", info.size or 0)
+
+    def _is_old(self, then_s: float, grace_s: float) -> bool:
+        return self.now_s - then_s >= grace_s
+
+    def _folder(self, kind: str, path: str, why: str, size_bytes: int) -> Garbage:
+        def remove() -> None:
+            remove_folder(self.storage, path)
+
+        return Garbage(kind=kind, what=path, why=why, size_bytes=size_bytes, remove=remove)
+
+    def _file(self, kind: str, path: str, why: str, size_bytes: int) -> Garbage:
+        def remove() -> None:
+            self.storage.delete(path)
+
+        return Garbage(kind=kind, what=path, why=why, size_bytes=size_bytes, remove=remove)
+
+    def _files(self, folder: str, *, hidden: bool = False) -> dict[str, pafs.FileInfo]:
+        base = self.storage.path(folder).rstrip("/")
+        selector = pafs.FileSelector(base, allow_not_found=True, recursive=True)
+        prefix = len(self.storage.root) + 1
+        return {
+            info.path[prefix:]: info
+            for info in self.storage.filesystem.get_file_info(selector)
+            if info.type == pafs.FileType.File
+            and (hidden or not info.base_name.startswith(".tmp-"))
+        }
+
+    def _folders(self, base: str, *, depth: int) -> dict[str, tuple[int, float]]:
+        """Return bytes and newest change of every folder `depth` levels below `base`."""
+        folders: dict[str, tuple[int, float]] = {}
+        for path, info in self._files(base, hidden=True).items():
+            parts = path.split("/")
+            if len(parts) > depth + 1:
+                name = "/".join(parts[: depth + 1])
+                size_bytes, newest_s = folders.get(name, (0, 0.0))
+                newest_s = max(newest_s, info.mtime.timestamp())
+                folders[name] = (size_bytes + (info.size or 0), newest_s)
+        return folders
+
+
+def collect(
+    settings: Settings,
+    storage: Storage,
+    *,
+    remove: bool,
+    grace_s: float = GRACE_S,
+    tune_grace_s: float = TUNE_GRACE_S,
+) -> Mapping[str, Any]:
+    """List what nothing refers to, and remove it if asked to; what can't be removed is said."""
+    collector = Collector(
+        settings=settings,
+        storage=storage,
+        client=connect(settings),
+        grace_s=grace_s,
+        tune_grace_s=tune_grace_s,
+    )
+    found, notes = collector.find()
+    failed: list[str] = []
+    for garbage in found if remove else ():
+        try:
+            with explained(settings, f"removing {garbage.what}"):
+                garbage.remove()
+        except (RaylineError, OSError) as error:
+            failed.append(f"{garbage.kind} {garbage.what}: {error}")
+            progress("models", f"WARNING: not removed: {failed[-1]}")
+    return {
+        "garbage": [garbage.to_json() for garbage in found],
+        "bytes": sum(garbage.size_bytes for garbage in found),
+        "removed": remove,
+        "failed": failed,
+        "notes": notes,
+    }
+
+
+def _pages(search: Callable[..., Any], **query: Any) -> list[Any]:
+    """Return all pages of one of MLflow's searches."""
+    results: list[Any] = []
+    token: str | None = None
+    while True:
+        page = search(page_token=token, **query)
+        results += page
+        token = page.token
+        if not token:
+            return results

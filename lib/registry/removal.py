@@ -1,0 +1,130 @@
+"""Delete a version with its files; nothing that serves or is about to serve can be deleted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from lib.cli import progress
+from lib.config import Settings
+from lib.errors import RegistryError
+from lib.registry.leaderboard import parts_in
+from lib.registry.models import (
+    CHALLENGER,
+    CHAMPION,
+    READY_TAG,
+    Version,
+    logged_model_id,
+    model_location,
+    resolve,
+)
+from lib.registry.server import connect, explained
+from lib.serving import policy
+from lib.storage import Storage
+
+
+def delete(
+    settings: Settings, storage: Storage, ref: str, *, dry_run: bool = False
+) -> dict[str, Any]:
+    """Delete a version: its bundle, its files in MLflow, then its entry in the registry.
+
+    The run of its trial stays, with its metrics and its checkpoint: it can be registered again.
+    Interrupted, it can be run again. Raises RegistryError for a version that is up, or that is
+    champion or challenger.
+    """
+    version = resolve(settings, settings.model, ref)
+    refuse_if_needed(settings, storage, version)
+    client = connect(settings)
+    bundle = storage.list(version.bundle)
+    with explained(settings, f"deleting version {version.version}"):
+        found = client.get_model_version(version.name, str(version.version))
+        model_id = logged_model_id(found)
+        location = _location(client, version)
+        result = {
+            "version": version.version,
+            "run_id": version.run_id,
+            "bundle": version.bundle if bundle else None,
+            "files": location,
+            "deleted": not dry_run,
+        }
+        if dry_run:
+            return result
+        # So that an interrupted delete leaves no version that looks whole.
+        client.set_model_version_tag(version.name, str(version.version), READY_TAG, "false")
+        remove_folder(storage, version.bundle)
+        remove_model(client, settings, model_id, location)
+        client.delete_model_version(version.name, str(version.version))
+    progress("models", f"{version.name} version {version.version} is deleted")
+    return result
+
+
+def _location(client: MlflowClient, version: Version) -> str | None:
+    try:
+        return model_location(client, version.name, version.version)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None  # A delete that was interrupted came that far.
+
+
+def refuse_if_needed(settings: Settings, storage: Storage, version: Version) -> None:
+    """Raise RegistryError if the policy or an alias counts on a version."""
+    served = policy.current(storage)
+    traffic = served.models.get(version.name) if served else None
+    reasons = [alias for alias in version.aliases if alias in (CHAMPION, CHALLENGER)]
+    if traffic and version.version == traffic.champion and CHAMPION not in reasons:
+        reasons.append("champion in the traffic policy")
+    reasons += [f"serving ({part})" for part in parts_in(traffic, version.version)]
+    if reasons:
+        raise RegistryError(
+            f"version {version.version} of {version.name!r} is {', '.join(reasons)}: it is not "
+            "deleted; give its place to another one with `python -m jobs.deploy promote N` or "
+            "`weights`, or take the alias away in MLflow"
+        )
+
+
+def remove_model(
+    client: MlflowClient, settings: Settings, model_id: str | None, location: str | None
+) -> None:
+    """Delete a logged model and its files; what is gone already is no error."""
+    if location:
+        remove_artifacts(settings, location)
+    if model_id:
+        try:
+            client.delete_logged_model(model_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+
+
+def remove_artifacts(settings: Settings, location: str) -> None:
+    """Delete the files below an artifact URI."""
+    repository = get_artifact_repository(location, tracking_uri=settings.mlflow_uri)
+    if repository.list_artifacts():
+        repository.delete_artifacts()
+
+
+def artifact_bytes(settings: Settings, location: str) -> int:
+    """Return how many bytes there are below an artifact URI."""
+    repository = get_artifact_repository(location, tracking_uri=settings.mlflow_uri)
+    total, folders = 0, [""]
+    while folders:
+        for found in repository.list_artifacts(folders.pop() or None):
+            if found.is_dir:
+                folders.append(found.path)
+            else:
+                total += found.file_size or 0
+    return total
+
+
+def remove_folder(storage: Storage, relative: str) -> None:
+    """Delete a folder below the storage root; one that is gone is no error."""
+    try:
+        storage.filesystem.delete_dir(storage.path(relative))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise storage.failure(relative, error) from error

@@ -1,0 +1,63 @@
+"""Finds the sweep that a killed job left, so that the job, run again, goes on with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pyarrow.fs as fs
+
+from lib.cli import progress
+from lib.config import Settings
+from lib.errors import RegistryError, SearchError
+from lib.storage import Storage
+from lib.train.experiment import Experiment
+from lib.train.result import SweepResult
+from lib.train.search import resume_sweep
+from lib.train.work import Work
+
+_CLOSED = b'"event": "closed"'
+
+
+def resume_same_sweep(
+    settings: Settings, storage: Storage, experiment: Experiment, work: Work
+) -> SweepResult | None:
+    """Return the result of the newest sweep of the same work, finished now; None if there is none.
+
+    One that left no result, or that MLflow does not have any more, does not count. Raises
+    SearchError if another process runs it.
+    """
+    spec = json.loads(
+        json.dumps({"experiment": asdict(experiment), "kind": work.kind, "work": work.spec})
+    )
+    for sweep_run_id in same_sweeps(storage, spec):
+        try:
+            return resume_sweep(settings, storage, sweep_run_id)
+        except RegistryError as error:
+            progress("tune", f"sweep {sweep_run_id} can't be resumed: {error}")
+        except SearchError:
+            if not _is_closed(storage, sweep_run_id):
+                raise
+    return None
+
+
+def same_sweeps(storage: Storage, spec: object) -> list[str]:
+    """Return the sweeps of this spec, the newest first."""
+    selector = fs.FileSelector(storage.path("sweeps"), allow_not_found=True)
+    found = []
+    for info in storage.filesystem.get_file_info(selector):
+        path = f"sweeps/{info.base_name}/sweep.json"
+        if info.type != fs.FileType.Directory or not storage.exists(path):
+            continue
+        if storage.read_json(path) == spec:
+            written = storage.filesystem.get_file_info(storage.path(path)).mtime
+            found.append((written, info.base_name))
+    return [name for _, name in sorted(found, reverse=True)]
+
+
+def _is_closed(storage: Storage, sweep_run_id: str) -> bool:
+    """Whether the sweep came to its end; on object stores the last event says so as well."""
+    path = f"sweeps/{sweep_run_id}/journal"
+    if storage.exists(f"{path}.jsonl"):
+        return _CLOSED in storage.read(f"{path}.jsonl")
+    return any(_CLOSED in storage.read(name) for name in storage.list(path))

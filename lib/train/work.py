@@ -1,0 +1,173 @@
+"""What the trials of a sweep do, apart from how they are searched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from lib.cli import progress
+from lib.config import Preset, Settings
+from lib.data.loader import Split, read_splits
+from lib.data.manifest import Manifest, load_manifest
+from lib.errors import SearchError
+from lib.registry.trials import CHECKPOINT_PATH
+from lib.storage import Storage
+from lib.train.command import CommandTemplate
+from lib.train.command_trial import LOG_FILE, CommandTrial
+from lib.train.experiment import Experiment, Value
+from lib.train.presets import first_guesses, search_space
+from lib.train.resources import TrialResources, asked_resources, trial_resources
+from lib.train.trainable import SweepTrial
+from lib.train.trial import EAGER_LATENCY_MS, MODEL_FILE, Trial, confusion
+
+IMAGES, COMMAND = "images", "command"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """A trainable and all that its trials share."""
+
+    kind: str
+    """What `work_of` knows it by when the sweep is resumed."""
+    spec: Mapping[str, Any]
+    """What `work_of` makes it from again; JSON."""
+    trainable: type[SweepTrial]
+    shared: Callable[[TrialResources], Mapping[str, Any]]
+    """Returns what `SweepTrial.prepare` gets; called once a driver, it may take its time."""
+    resources: Callable[[Settings], TrialResources] = partial(trial_resources, 0.0)
+    """Returns what a trial takes of the cluster; called once a driver."""
+    rungs: tuple[int, ...] = ()
+    """Epochs at which trials are comparable, the last one their end; none: at every report."""
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    """Name of a file that trials keep → its path among the artifacts of the trial's run."""
+    confusion: Callable[[Callable[[str], bytes | None]], list[list[int]] | None] | None = None
+    """Returns rows by true class, then by predicted class, of a model on validation images, from
+    what reads the files that its trial kept; None if the trials make no classifier."""
+    manifest: Manifest | None = None
+    """The data set, if there is one."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """For the runs of the sweep and of all trials."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of the sweep's run."""
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images that a trial trains on in an epoch."""
+        return self.manifest.rows("train") if self.manifest else 0
+
+
+def image_work(
+    storage: Storage,
+    manifest: Manifest,
+    preset: Preset,
+    experiment: Experiment,
+    settings: Mapping[str, Value] | None = None,
+) -> Work:
+    """Return the training of Rayline's own nets on a data set, at the preset's rungs.
+
+    `settings` are those that no trial varies; what is not among them either is the preset's.
+    """
+    metrics = {*(o.metric for o in experiment.objectives), *experiment.additional_metrics}
+    splits: dict[str, Split] = {}
+    settings = dict(settings or {})
+
+    def read(*names: str) -> Mapping[str, Split]:
+        if missing := [name for name in names if name not in splits]:
+            splits.update(read_splits(storage, manifest, missing))
+        return splits
+
+    def shared(resources: TrialResources) -> Mapping[str, Any]:
+        rows = ", ".join(
+            f"{len(split.labels_N):,} {name}" for name, split in read("train", "val").items()
+        )
+        progress("tune", f"read {rows} images")
+        return {
+            "manifest": manifest,
+            "splits": dict(splits),
+            "rungs": preset.rungs,
+            "settings": {**first_guesses(preset)[0], **settings},
+            "num_threads": resources.num_threads,
+            "train_seed": experiment.seed,
+            "measure_latency": EAGER_LATENCY_MS in metrics,
+        }
+
+    def confused(kept: Callable[[str], bytes | None]) -> list[list[int]] | None:
+        content = kept(MODEL_FILE)
+        return None if content is None else confusion(content, read("val")["val"])
+
+    return Work(
+        kind=IMAGES,
+        spec={
+            "data_digest": manifest.digest,
+            "preset": asdict(preset),
+            "settings": settings,
+        },
+        trainable=Trial,
+        shared=shared,
+        resources=partial(trial_resources, preset.gpus_per_trial),
+        rungs=preset.rungs,
+        artifacts={MODEL_FILE: CHECKPOINT_PATH},
+        confusion=confused,
+        manifest=manifest,
+        tags={
+            "rayline.preset": preset.name,
+            "rayline.rungs": ",".join(map(str, preset.rungs)),
+        },
+        facts=_fixed(preset, experiment, settings),
+    )
+
+
+def command_work(
+    template: CommandTemplate,
+    experiment: Experiment,
+    *,
+    cpus: float | None = None,
+    gpus: float | None = None,
+) -> Work:
+    """Return trials that run a command; `cpus` and `gpus` are what each asks for, if it does."""
+    return Work(
+        kind=COMMAND,
+        spec={"template": asdict(template), "cpus": cpus, "gpus": gpus},
+        trainable=CommandTrial,
+        shared=lambda resources: {"template": template, "experiment": experiment.name},
+        resources=partial(asked_resources, cpus, gpus),
+        artifacts={LOG_FILE: LOG_FILE},
+        tags={"rayline.trainable": COMMAND},
+    )
+
+
+def work_of(storage: Storage, experiment: Experiment, kind: str, spec: Mapping[str, Any]) -> Work:
+    """Return the work of a sweep that is resumed."""
+    if kind == IMAGES:
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in spec["preset"].items()
+        }
+        manifest = load_manifest(storage, spec["data_digest"])
+        return image_work(
+            storage, manifest, Preset(**fields), experiment, spec.get("settings") or {}
+        )
+    if kind == COMMAND:
+        template = CommandTemplate.from_dict(spec["template"])
+        return command_work(template, experiment, cpus=spec["cpus"], gpus=spec["gpus"])
+    raise SearchError(f"trials of kind {kind!r} can't be resumed by this version")
+
+
+def with_rungs(preset: Preset, rungs: tuple[int, ...], most_epochs: int | None) -> Preset:
+    """Return a preset with these rungs, or with its own cut or lengthened to so many epochs."""
+    if rungs:
+        return replace(preset, rungs=rungs)
+    if most_epochs is None:
+        return preset
+    kept = tuple(rung for rung in preset.rungs if rung < most_epochs)
+    return replace(preset, rungs=(*kept, most_epochs))
+
+
+def _fixed(
+    preset: Preset, experiment: Experiment, settings: Mapping[str, Value]
+) -> dict[str, Value]:
+    """Return what all trials share of the settings that a preset would vary, or a file names."""
+    varied = {parameter.name for parameter in experiment.parameters}
+    usual = {p.name: first_guesses(preset)[0][p.name] for p in search_space(preset)}
+    return {name: value for name, value in {**usual, **settings}.items() if name not in varied}

@@ -1,0 +1,133 @@
+"""The prediction log: what was answered, by which version, and what the true label was.
+
+Gateways write it (`lib.watch.recorder`), monitor, rollout and retrain read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lib.errors import ConfigError
+from lib.storage import Storage
+from lib.watch.labels import labels_root, read_labels
+from lib.watch.segments import MAX_US, expire_segments, read_segments
+
+__all__ = ["KEEP_DAYS", "SCHEMA", "expire", "joined", "predictions_root", "read", "read_labels"]
+
+SCHEMA = pa.schema(
+    [
+        ("time_us", pa.int64()),
+        ("request_id", pa.string()),
+        ("index", pa.int32()),
+        ("version", pa.int32()),
+        ("shadow", pa.bool_()),
+        ("caller", pa.string()),
+        ("latency_ms", pa.float32()),
+        ("predicted", pa.int32()),
+        ("probabilities", pa.list_(pa.float32())),
+        ("status", pa.int32()),
+        ("image", pa.binary()),
+        ("features", pa.list_(pa.float32())),
+    ]
+)
+"""A row for each image and each version that was asked about it.
+
+time_us: When it was answered, UTC, microseconds since 1970.
+index: Which image of its request, from 0.
+shadow: Whether this is the answer of a shadow, which no caller got.
+caller: Name of the API key.
+latency_ms: Of the whole request in the gateway; of the call for a shadow.
+predicted: Number of the class; -1 if the version failed, and then `probabilities` is null.
+status: HTTP status.
+image: uint8, height × width × channels as the model takes it, for a share of the requests.
+features: `lib.watch.features.features`; of a share under load, never of a shadow, whose image the
+    row of the answer has.
+"""
+KEEP_DAYS = 30
+_EARLY_US = 3600 * 10**6
+"""Clocks of gateways differ, and who chooses the request id may give the label at once."""
+
+
+def predictions_root(model: str) -> str:
+    """Return the folder of a model's log, relative to the storage root."""
+    return f"predictions/{model}"
+
+
+def read(
+    storage: Storage,
+    model: str,
+    *,
+    start_us: int,
+    end_us: int,
+    columns: Sequence[str] | None = None,
+) -> pa.Table:
+    """Return the rows with start_us ≤ time_us < end_us, sorted by time_us.
+
+    Name the columns that you need: images are most of the log.
+    """
+    root = predictions_root(model)
+    return read_segments(storage, root, SCHEMA, start_us=start_us, end_us=end_us, columns=columns)
+
+
+def joined(
+    storage: Storage,
+    model: str,
+    *,
+    start_us: int,
+    end_us: int,
+    columns: Sequence[str] | None = None,
+) -> pa.Table:
+    """Return `read` with a column `label`, null where none was given, however late it came.
+
+    A request id that several answered requests carry is ambiguous, so its labels are left out.
+    """
+    wanted = list(SCHEMA.names if columns is None else columns)
+    keys = ["request_id", "index", "version", "shadow", "predicted"]
+    rows = read(
+        storage,
+        model,
+        start_us=start_us,
+        end_us=end_us,
+        columns=list(dict.fromkeys([*wanted, *keys])),
+    )
+    labels = read_labels(storage, model, start_us=start_us - _EARLY_US, end_us=MAX_US)
+    image = _image(rows)
+    label = labels["label"].take(pc.index_in(image, value_set=_image(labels)))
+    ambiguous = _more_than_once(image.filter(_is_labelled_answer(rows, label)))
+    label = pc.if_else(pc.is_in(image, value_set=ambiguous), pa.scalar(None, pa.int32()), label)
+    return rows.select(wanted).append_column("label", label)
+
+
+def expire(
+    storage: Storage, model: str, keep_days: int = KEEP_DAYS, *, now: datetime | None = None
+) -> int:
+    """Delete what is older than so many whole days, labels too; return the number of days.
+
+    Raises ConfigError for less than one day.
+    """
+    if keep_days < 1:
+        raise ConfigError(f"keep_days={keep_days}: the log must be kept for at least one day")
+    before = ((now or datetime.now(UTC)) - timedelta(days=keep_days)).date()
+    expired = expire_segments(storage, predictions_root(model), before=before)
+    expire_segments(storage, labels_root(model), before=before)
+    return expired
+
+
+def _image(rows: pa.Table) -> pa.Array:
+    """Return what names an image: its request's id and its place there."""
+    index = pc.cast(rows["index"], pa.string())
+    return pc.binary_join_element_wise(rows["request_id"], index, "/").combine_chunks()
+
+
+def _is_labelled_answer(rows: pa.Table, label: pa.ChunkedArray) -> pa.ChunkedArray:
+    is_answer = pc.and_(pc.invert(rows["shadow"]), pc.greater_equal(rows["predicted"], 0))
+    return pc.and_(is_answer, pc.is_valid(label))
+
+
+def _more_than_once(values: pa.Array) -> pa.Array:
+    counted = pc.value_counts(values)
+    return counted.field("values").filter(pc.greater(counted.field("counts"), 1))

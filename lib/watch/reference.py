@@ -1,0 +1,156 @@
+"""What live requests are compared with, computed once and kept: beside the data set and the model.
+
+`reference/<data digest>.parquet` holds the features of a sample of the training images,
+`<bundle>/reference.parquet` a version's answers to validation images, which it was not trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lib.cli import progress
+from lib.data.direct import read_shard
+from lib.data.manifest import Manifest, load_manifest
+from lib.data.splits import stratified
+from lib.errors import DataError
+from lib.registry.evaluate import predict_all
+from lib.serving.bundle import read_card
+from lib.serving.predictor import load_predictor
+from lib.storage import Storage
+from lib.watch.drift import Answers, Reference
+from lib.watch.features import feature_names, features, grid_shape
+
+ROWS = 10_000
+"""Rows of a sample at most: with more, a window's own size is what limits a test."""
+_SEED = 5
+_FORMAT = 1
+"""Part of the files' names: raise it when the features change their meaning."""
+
+
+def reference_path(digest: str) -> str:
+    """Return where the features of a data set's training images are kept."""
+    return f"reference/{digest}.{_FORMAT}.parquet"
+
+
+def answers_path(bundle: str) -> str:
+    """Return where a version's answers to validation images are kept."""
+    return f"{bundle}/reference.{_FORMAT}.parquet"
+
+
+def load_reference(storage: Storage, bundles: Mapping[int, str], champion: int) -> Reference:
+    """Return the champion's reference with the answers of all versions; make what is missing.
+
+    Raises DataError or StorageError if the data set is needed and is not whole any more.
+    """
+    digest = read_card(storage, bundles[champion]).data_digest
+    manifest = load_manifest(storage, digest)
+    sample = ensure_features(storage, manifest)
+    return Reference(
+        features_NF=sample,
+        feature_names=feature_names(manifest.shape),
+        grid=grid_shape(manifest.shape),
+        class_names=manifest.class_names,
+        answers={
+            version: ensure_answers(storage, bundle)
+            for version, bundle in bundles.items()
+            # Of other classes, it can't be counted in the same table.
+            if read_card(storage, bundle).class_names == manifest.class_names
+        },
+    )
+
+
+def ensure_features(storage: Storage, manifest: Manifest) -> npt.NDArray[np.float32]:
+    """Return the features (N, F) of a sample of the training images, made now if need be."""
+    path = reference_path(manifest.digest)
+    if not storage.exists(path):
+        progress("monitor", f"sampling the training images of {manifest.digest[:12]}")
+        images_NHWC, labels_N = sample_split(storage, manifest, "train", ROWS)
+        found = features(images_NHWC)
+        lists = pa.FixedSizeListArray.from_arrays(found.reshape(-1), found.shape[1])
+        _write(storage, path, {"label": labels_N, "features": lists})
+    lists = _read(storage, path).column("features").combine_chunks()
+    flat: npt.NDArray[np.float32] = lists.flatten().to_numpy()
+    return flat.reshape(len(lists), -1)
+
+
+def ensure_answers(storage: Storage, bundle: str) -> Answers:
+    """Return a version's answers to a sample of the validation images, made now if need be."""
+    path = answers_path(bundle)
+    if not storage.exists(path):
+        card = read_card(storage, bundle)
+        progress("monitor", f"{card.name} version {card.version} answers validation images")
+        manifest = load_manifest(storage, card.data_digest)
+        images_NHWC, labels_N = sample_split(storage, manifest, "val", ROWS)
+        made = Answers.of(predict_all(load_predictor(storage, bundle, card), images_NHWC))
+        _write(
+            storage,
+            path,
+            {
+                "label": labels_N,
+                "predicted": made.predicted_N,
+                "confidence": made.confidence_N,
+                "entropy": made.entropy_N,
+            },
+        )
+    table = _read(storage, path)
+    return Answers(
+        predicted_N=table.column("predicted").to_numpy(),
+        confidence_N=table.column("confidence").to_numpy(),
+        entropy_N=table.column("entropy").to_numpy(),
+    )
+
+
+def reference_key(storage: Storage, bundles: Mapping[int, str], champion: int) -> str:
+    """Return what names a reference; while it is the same, evidence adds up.
+
+    Other versions than the champion come and go without a new start.
+    """
+    digest = read_card(storage, bundles[champion]).data_digest
+    content = f"{_FORMAT} {digest} {bundles[champion]}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def sample_split(
+    storage: Storage, manifest: Manifest, split: str, num_rows: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Return images (N, H, W, C) and labels of some rows of a split, of each class its share.
+
+    One shard is held at a time. Raises DataError if a shard is damaged or the split is empty.
+    """
+    shards = [shard for shard in manifest.shards if shard.split == split]
+    if not shards:
+        raise DataError(f"data set {manifest.digest[:12]} has no rows in {split}; ingest it again")
+    labels = np.concatenate([_labels(storage, shard.path) for shard in shards])
+    chosen = stratified(labels, min(1.0, num_rows / len(labels)), _SEED)
+    if len(labels) <= num_rows:
+        chosen[:] = True
+    images, start = [], 0
+    for shard in shards:
+        mine = np.flatnonzero(chosen[start : start + shard.rows])
+        start += shard.rows
+        if len(mine):
+            rows = read_shard(storage, shard).column("image").take(pa.array(mine))
+            images.append(np.frombuffer(b"".join(rows.to_pylist()), np.uint8))
+    return np.concatenate(images).reshape(-1, *manifest.shape), labels[chosen]
+
+
+def _labels(storage: Storage, path: str) -> npt.NDArray[np.int64]:
+    with storage.filesystem.open_input_file(storage.path(path)) as file:
+        labels: npt.NDArray[np.int64] = pq.read_table(file, columns=["label"])["label"].to_numpy()
+    return labels.astype(np.int64)
+
+
+def _write(storage: Storage, path: str, columns: Mapping[str, object]) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(dict(columns)), sink, compression="zstd")
+    storage.write(path, sink.getvalue())
+
+
+def _read(storage: Storage, path: str) -> pa.Table:
+    return pq.read_table(pa.BufferReader(storage.read_buffer(path)))

@@ -1,0 +1,115 @@
+"""The traffic of each stage of a rollout: pure functions of what was there before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lib.serving.traffic import ModelTraffic
+from lib.watch.rollout_state import State, share
+
+COPIES_PERCENT = 20.0
+"""Of all requests, that both versions answer: what copying costs at most. Pairs of answers show
+differences with far fewer requests than two separate samples do."""
+
+
+def with_candidate(current: ModelTraffic, state: State, bundle: str) -> ModelTraffic:
+    """Return the traffic of the state's stage; pins and placement stay as they are.
+
+    In the shadow stage the candidate gets copies. As a canary it gets its share, and the champion
+    copies of that.
+    """
+    percent = share(state.stage)
+    weights = {v: w * (100 - percent) / 100 for v, w in _others(state).items()}
+    if percent:
+        weights = {**weights, state.candidate: percent}
+        shadows = {state.champion: min(100.0, 100 * COPIES_PERCENT / percent)}
+    else:
+        shadows = {state.candidate: COPIES_PERCENT}
+    return replace(
+        current,
+        weights=weights,
+        shadows={**_other_shadows(state), **shadows},
+        bundles={**current.bundles, state.candidate: bundle},
+    )
+
+
+def without_candidate(current: ModelTraffic, state: State) -> ModelTraffic:
+    """Return the traffic from before the rollout, but nothing goes to the candidate.
+
+    Where it became champion, somebody wants it so.
+    """
+    if current.champion == state.candidate:
+        return current
+    kept = state.candidate == current.previous_champion
+    gone = () if kept else (state.candidate,)
+    weights = {v: w for v, w in _others(state).items() if v in current.bundles}
+    if not any(weights.values()):
+        weights = {current.champion: 100.0}
+    return replace(
+        current,
+        weights={**weights, **({state.candidate: 0.0} if kept else {})},
+        shadows=_other_shadows(state),
+        pins={key: v for key, v in current.pins.items() if v != state.candidate},
+        bundles={v: path for v, path in current.bundles.items() if v not in gone},
+    )
+
+
+def crowned(current: ModelTraffic, state: State) -> ModelTraffic:
+    """Return the traffic with the candidate as champion; the one before stays warm."""
+    shadows = _other_shadows(state)
+    kept = {state.candidate, state.champion, *shadows, *current.pins.values()}
+    return replace(
+        current,
+        weights={state.candidate: 100.0, state.champion: 0.0},
+        champion=state.candidate,
+        previous_champion=state.champion,
+        shadows=shadows,
+        bundles={v: path for v, path in current.bundles.items() if v in kept},
+    )
+
+
+def is_as_set(current: ModelTraffic, state: State) -> bool:
+    """Whether the traffic is what the rollout, or who was before it, set last."""
+    return (
+        current.champion == state.champion
+        and _same(current.weights, state.set_weights)
+        and _same(current.shadows, state.set_shadows)
+    )
+
+
+def is_served(current: ModelTraffic, state: State) -> bool:
+    """Whether any request could reach the candidate."""
+    return (
+        state.candidate in current.bundles
+        or current.weights.get(state.candidate, 0.0) > 0
+        or state.candidate in (*current.shadows, *current.pins.values())
+    )
+
+
+def is_same(current: ModelTraffic, other: ModelTraffic) -> bool:
+    """Whether two policies share requests in the same way."""
+    return (
+        current.champion == other.champion
+        and _same(current.weights, other.weights)
+        and _same(current.shadows, other.shadows)
+    )
+
+
+def _others(state: State) -> dict[int, float]:
+    """Return the shares of all but the candidate, in percent."""
+    weights = {v: w for v, w in state.before_weights.items() if v != state.candidate}
+    total = sum(weights.values())
+    if not total:
+        return {**weights, state.champion: 100.0}
+    return {v: 100 * w / total for v, w in weights.items()}
+
+
+def _other_shadows(state: State) -> dict[int, float]:
+    mine = (state.candidate, state.champion)
+    return {v: percent for v, percent in state.before_shadows.items() if v not in mine}
+
+
+def _same(one: Mapping[int, float], other: Mapping[int, float]) -> bool:
+    # A version without weight is there or not: no request goes to it.
+    return all(abs(one.get(v, 0.0) - other.get(v, 0.0)) < 1e-9 for v in {*one, *other})

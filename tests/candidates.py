@@ -1,0 +1,121 @@
+"""Versions that are worse than the champion in one way, as ONNX graphs around its own.
+
+What fails or errs does so on marked images alone, whose first pixel is white, so that a test says
+when it begins, and no hook is needed in what is tested.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+MARK = 255
+_IMAGES, _OUTPUT, _INNER = "images", "probabilities", "drill/inner"
+_WIDTH = 1024
+
+
+def marked(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return a copy of images (N, 28, 28) on which the candidates below are worse."""
+    copy = images.copy()
+    copy[..., 0, 0] = MARK
+    return copy
+
+
+def erring(model: ModelProto) -> ModelProto:
+    """Return a model that gives marked images the probabilities of other classes."""
+    num_classes = model.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    order = np.roll(np.arange(num_classes), 1)
+    return _around(
+        model,
+        {"order": order, "one": np.array([1])},
+        [
+            *_mark(),
+            helper.make_node("Gather", [_INNER, "drill/order"], ["drill/rolled"], axis=1),
+            helper.make_node("Unsqueeze", ["drill/mark", "drill/one"], ["drill/column"]),
+            helper.make_node(
+                "Cast", ["drill/column"], ["drill/is_marked"], to=onnx.TensorProto.BOOL
+            ),
+            helper.make_node("Where", ["drill/is_marked", "drill/rolled", _INNER], [_OUTPUT]),
+        ],
+    )
+
+
+def raising(model: ModelProto) -> ModelProto:
+    """Return a model that fails on a batch with a marked image: its index is out of bounds."""
+    return _around(
+        model,
+        {"one": np.array([1]), "table": np.zeros(1, np.float32)},
+        [
+            *_mark(),
+            helper.make_node("Gather", ["drill/table", "drill/mark"], ["drill/zeros"], axis=0),
+            helper.make_node("Unsqueeze", ["drill/zeros", "drill/one"], ["drill/column"]),
+            helper.make_node("Add", [_INNER, "drill/column"], [_OUTPUT]),
+        ],
+    )
+
+
+def slow(model: ModelProto, num_products: int = 100) -> ModelProto:
+    """Return a model that multiplies large matrices first, and then goes by what it always did."""
+    nodes = [
+        helper.make_node("Cast", [_IMAGES], ["drill/floats"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["drill/floats", "drill/axes"], ["drill/mean"], keepdims=0),
+        helper.make_node("Unsqueeze", ["drill/mean", "drill/one"], ["drill/column"]),
+        helper.make_node("MatMul", ["drill/column", "drill/wide"], ["drill/product0"]),
+    ]
+    nodes += [
+        helper.make_node(
+            "MatMul", [f"drill/product{step}", "drill/matrix"], [f"drill/product{step + 1}"]
+        )
+        for step in range(num_products)
+    ]
+    last = f"drill/product{num_products}"
+    nodes += [
+        helper.make_node("MatMul", [last, "drill/nothing"], ["drill/zero"]),
+        helper.make_node("Add", [_INNER, "drill/zero"], [_OUTPUT]),
+    ]
+    constants = {
+        "axes": np.array([1, 2, 3]),
+        "one": np.array([1]),
+        "wide": np.ones((1, _WIDTH), np.float32),
+        "matrix": np.full((_WIDTH, _WIDTH), 1 / _WIDTH, np.float32),
+        "nothing": np.zeros((_WIDTH, 1), np.float32),
+    }
+    return _around(model, constants, nodes)
+
+
+def _mark() -> list[Any]:
+    """Return nodes that make `drill/mark`, int64 (N,): 1 for marked images, else 0."""
+    nodes, name = [], _IMAGES
+    for step in range(3):
+        # The first row, of it the first column, of it the first channel.
+        nodes.append(helper.make_node("Gather", [name, "drill/first"], [f"drill/at{step}"], axis=1))
+        name = f"drill/at{step}"
+    return [
+        *nodes,
+        helper.make_node("Cast", [name], ["drill/pixel"], to=TensorProto.INT64),
+        helper.make_node("Div", ["drill/pixel", "drill/white"], ["drill/mark"]),
+    ]
+
+
+def _around(model: ModelProto, constants: dict[str, Any], nodes: list[Any]) -> ModelProto:
+    """Return a copy whose output goes through further nodes."""
+    wrapped = ModelProto()
+    wrapped.CopyFrom(model)
+    graph = wrapped.graph
+    for node in graph.node:
+        for place, name in enumerate(node.output):
+            if name == _OUTPUT:
+                node.output[place] = _INNER
+        for place, name in enumerate(node.input):
+            if name == _OUTPUT:
+                node.input[place] = _INNER
+    always = {"first": np.array(0), "white": np.array(MARK)}
+    for name, value in {**always, **constants}.items():
+        graph.initializer.append(numpy_helper.from_array(value, f"drill/{name}"))
+    graph.node.extend(nodes)
+    onnx.checker.check_model(wrapped)
+    return wrapped

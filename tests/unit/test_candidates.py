@@ -1,0 +1,79 @@
+"""The candidates of the rollout drill are worse in the one way that they are meant to be."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from lib.serving.predictor import Images, OnnxPredictor, Probabilities
+from tests.candidates import erring, marked, raising, slow
+
+
+def champion() -> ModelProto:
+    weights = np.random.default_rng(0).normal(size=(784, 10)).astype(np.float32)
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["floats"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "weights"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["probabilities"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "champion",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 28, 28, 1])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["n", 10])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+@pytest.fixture
+def images_NHWC() -> Images:
+    images: Images = np.random.default_rng(1).integers(0, 250, (8, 28, 28), np.uint8)
+    return images[..., np.newaxis]
+
+
+def answer(tmp_path: Path, model: ModelProto, images_NHWC: Images) -> Probabilities:
+    file = tmp_path / "model.onnx"
+    onnx.save(model, file)
+    return OnnxPredictor(file).predict(images_NHWC)
+
+
+def mark_some(images_NHWC: Images) -> Images:
+    return np.concatenate([images_NHWC[:4], marked(images_NHWC[4:, ..., 0])[..., np.newaxis]])
+
+
+def test_all_of_them_answer_plain_images_as_the_champion_does(
+    tmp_path: Path, images_NHWC: Images
+) -> None:
+    standing = answer(tmp_path, champion(), images_NHWC)
+    for change in (erring, raising, slow):
+        np.testing.assert_allclose(answer(tmp_path, change(champion()), images_NHWC), standing)
+
+
+def test_one_errs_and_one_raises_on_marked_images(tmp_path: Path, images_NHWC: Images) -> None:
+    some = mark_some(images_NHWC)
+    standing = answer(tmp_path, champion(), some)
+    found = answer(tmp_path, erring(champion()), some)
+    np.testing.assert_allclose(found[:4], standing[:4])
+    np.testing.assert_allclose(found[4:], np.roll(standing[4:], 1, axis=1))
+    with pytest.raises(Exception, match="out of data bounds"):
+        answer(tmp_path, raising(champion()), some)
+
+
+def test_one_takes_its_time(tmp_path: Path, images_NHWC: Images) -> None:
+    seconds = []
+    for model in (champion(), slow(champion())):
+        file = tmp_path / "model.onnx"
+        onnx.save(model, file)
+        predictor = OnnxPredictor(file)
+        predictor.predict(images_NHWC[:1])
+        start_s = time.perf_counter()
+        predictor.predict(images_NHWC[:1])
+        seconds.append(time.perf_counter() - start_s)
+    assert seconds[1] > seconds[0] + 0.005

@@ -1,0 +1,212 @@
+"""Ranking, comparing and printing, without a server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib import cli
+from lib.errors import RegistryError
+from lib.provenance import diffstat
+from lib.registry.inspection import difference
+from lib.registry.leaderboard import Board, Entry, best, parts_in, ranked
+from lib.registry.models import Foreign
+from lib.registry.views import print_board, print_difference
+from lib.serving.traffic import ModelTraffic
+from lib.tables import MAX_WIDTH, size
+
+
+def entry(version: int | None, val: float, test: float | None = None, **values: Any) -> Entry:
+    made: dict[str, Any] = {
+        "run_id": f"run-{version}",
+        "data_digest": "d" * 32,
+        "git_commit": "c0ffee" * 6 + "abcd",
+        "git_dirty": False,
+        "created_ms": 1_700_000_000_000 + (version or 0),
+    }
+    return Entry(version=version, val_accuracy=val, test_accuracy=test, **{**made, **values})
+
+
+def board(*entries: Entry, split: str = "val") -> Board:
+    return Board(
+        model="digits",
+        split=split,
+        entries=ranked(entries, split),
+        foreign=(Foreign(version=9, aliases=(), why="version 9 was not made by `jobs.register`"),),
+        notes=("a note",),
+    )
+
+
+def test_the_best_comes_first_and_ties_go_to_the_earlier_version_then_to_trials() -> None:
+    trial = entry(None, 0.98, run_id="trial", created_ms=1)
+    late, early, top, low = entry(4, 0.98), entry(2, 0.98), entry(3, 0.99), entry(1, 0.9)
+    found = ranked([trial, late, low, early, top], "val")
+    assert [found.run_id for found in found] == ["run-3", "run-2", "run-4", "trial", "run-1"]
+    assert [found.rank for found in found] == [1, 2, 3, 4, 5]
+    assert found == ranked([low, top, early, late, trial], "val")
+
+
+def test_a_split_ranks_by_itself_and_leaves_out_what_was_not_measured() -> None:
+    entries = [entry(1, 0.99, 0.97), entry(2, 0.98, 0.98), entry(None, 0.999)]
+    assert [found.version for found in ranked(entries, "test")] == [2, 1]
+
+
+def test_best_compares_on_the_champions_data_and_leaves_out_what_is_not_ready() -> None:
+    here, there = "d" * 32, "e" * 32
+    rows = board(
+        entry(1, 0.95, data_digest=here, aliases=("champion",)),
+        entry(2, 0.99, data_digest=there),
+        entry(3, 0.97, data_digest=here),
+        entry(4, 0.98, data_digest=here, ready=False),
+    )
+    assert [best(rows, rank).version for rank in (1, 2)] == [3, 1]
+    assert [best(rows, rank).rank for rank in (1, 2)] == [1, 2]
+    for rank in (0, 3):
+        with pytest.raises(RegistryError, match=f"2 versions .* none of rank {rank}"):
+            best(rows, rank)
+    without = board(entry(1, 0.95, data_digest=here), entry(2, 0.9, data_digest=there))
+    assert best(without, 1).version == 2
+
+
+def test_thousands_of_rows_print_within_the_width_and_say_how_many_are_left(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [
+        entry(
+            number,
+            0.99,
+            0.98,
+            gap=0.01,
+            gap_holds=False,
+            served="90 %, previous, 2 pins",
+            aliases=("champion", "challenger"),
+            images_per_s=123_456.0,
+        )
+        for number in range(1, 3_001)
+    ]
+    print_board(board(*rows), top=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= MAX_WIDTH
+    text = "\n".join(lines)
+    assert "99.00 %" in text
+    assert "+1.00 !" in text
+    assert "2,998 more" in text
+    assert "not listed: version 9" in text
+    assert "a note" in text
+
+
+def test_the_parts_in_the_traffic_are_said_in_words() -> None:
+    traffic = ModelTraffic(
+        weights={3: 90, 4: 10, 2: 0},
+        bundles={number: f"models/digits/{number}" for number in (2, 3, 4, 5, 6)},
+        champion=3,
+        previous_champion=2,
+        shadows={5: 20},
+        pins={"a": 4, "b": 4},
+    )
+    found = {number: parts_in(traffic, number) for number in (1, 2, 3, 4, 5, 6)}
+    assert found == {
+        1: [],
+        2: ["previous"],
+        3: ["90 %"],
+        4: ["10 %", "2 pins"],
+        5: ["shadow 20 %"],
+        6: ["up"],
+    }
+    assert parts_in(None, 3) == []
+
+
+def described(version: int, **changed: Any) -> dict[str, Any]:
+    return {
+        "version": version,
+        "metrics": {"test_accuracy": 0.98, "val_accuracy": 0.99},
+        "parameters": {"learning_rate": "0.1", "depth": "1"},
+        "sweep": {"seed": "0"},
+        "data": {"digest": "d" * 32, "source": "mnist", "rows": {"train": 10, "test": 5}},
+        "code": {"commit": "a" * 40, "dirty": False},
+        "packages": {"torch": "2.14.1"},
+        **changed,
+    }
+
+
+def test_only_what_differs_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    other = described(
+        4,
+        metrics={"test_accuracy": 0.97, "val_accuracy": 0.99},
+        parameters={"learning_rate": "0.2", "depth": "1", "augmentation": "0.5"},
+        data={"digest": "e" * 32, "source": "mnist", "rows": {"train": 12, "test": 5}},
+        packages={"torch": "2.15.0"},
+    )
+    found = difference(described(3), other)
+    assert found["parameters"] == {
+        "learning_rate": {"a": "0.1", "b": "0.2"},
+        "augmentation": {"a": None, "b": "0.5"},
+    }
+    assert list(found["metrics"]) == ["test_accuracy"]
+    assert found["metrics"]["test_accuracy"]["change"] == pytest.approx(-0.01)
+    assert set(found["data"]) == {"digest", "train rows"}
+    assert found["code"] == {}
+    assert found["packages"] == {"torch": {"a": "2.14.1", "b": "2.15.0"}}
+    print_difference(found)
+    assert "-0.0100" in capsys.readouterr().out
+    print_difference(difference(described(3), described(5)))
+    assert "differ in nothing" in capsys.readouterr().out
+
+
+def test_a_diffstat_needs_both_commits_and_takes_no_options(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-c", "user.name=n", "-c", "user.email=e", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    git("init", "-q")
+    commits = []
+    for text in ("one\n", "two\nthree\n"):
+        (tmp_path / "code.py").write_text(text)
+        git("add", "code.py")
+        git("commit", "-q", "-m", text)
+        commits.append(git("rev-parse", "HEAD"))
+    found = diffstat(*commits, root=tmp_path)
+    assert found is not None
+    assert "code.py | 3" in found
+    assert diffstat(commits[0], "0" * 40, root=tmp_path) is None
+    assert diffstat(commits[0], f"--output={tmp_path}/made", root=tmp_path) is None
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_json_alone_is_on_the_output_if_asked_for(
+    fails: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def job() -> dict[str, int]:
+        cli.progress("step", "for people")
+        if fails:
+            raise RegistryError("no such version")
+        return {"version": 3}
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(job, only_json=True)
+    output, said = capsys.readouterr()
+    assert ended.value.code == int(fails)
+    expected = {"error": "RegistryError", "message": "no such version"} if fails else {"version": 3}
+    assert json.loads(output) == expected
+    assert "for people" in said
+
+
+def test_sizes_are_read_by_people() -> None:
+    assert [size(n) for n in (0, 999, 1_500, 2_000_000, 3.5e12)] == [
+        "0 B",
+        "999 B",
+        "1.5 kB",
+        "2.0 MB",
+        "3500.0 GB",
+    ]

@@ -1,0 +1,279 @@
+"""Reading the prediction log: windows, labels that come late, twice or contradict, retention."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from lib.errors import ConfigError, StorageError
+from lib.storage import Storage
+from lib.watch import labels as label_logs
+from lib.watch.labels import LabelLog, read_labels
+from lib.watch.predictions import SCHEMA, expire, joined, read
+from lib.watch.recorder import Recorder
+from lib.watch.segments import MAX_US, SPAN_US, Segments, by_span, read_segments
+from tests.unit.serving_parts import by_brightness, card
+
+NOON_S = 1_800_014_400.0
+HOUR_US = 3600 * 10**6
+NOON_US = int(NOON_S * 1e6)
+CARDS = {number: card(number) for number in (1, 2)}
+PLAIN = pa.schema([("time_us", pa.int64()), ("number", pa.int64())])
+
+
+class Clock:
+    def __init__(self, now_s: float = NOON_S) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def log_answers(
+    storage: Storage, request_ids: list[str], *, clock: Clock, count: int = 1, **changes: Any
+) -> None:
+    recorder = Recorder(storage, clock=clock)
+    images_NHWC = np.zeros((count, 4, 6, 1), np.uint8)
+    for request_id in request_ids:
+        answer_NK = None if changes.get("status", 200) != 200 else by_brightness(images_NHWC)
+        given = {"caller": "day", "latency_s": 0.1, **changes}
+        version = CARDS[given.pop("version", 1)]
+        recorder.add(version, images_NHWC, answer_NK, request_id=request_id, **given)
+    recorder.close()
+
+
+def give(storage: Storage, clock: Clock, *labels: tuple[str, int], index: int = 0) -> None:
+    async def main() -> None:
+        log = LabelLog(storage, clock=clock)
+        for request_id, label in labels:
+            await log.add("shapes", row(request_id, label, index))
+            clock.now_s += 1
+
+    asyncio.run(main())
+
+
+def row(request_id: str, label: int, index: int = 0) -> dict[str, Any]:
+    return {
+        "request_id": request_id,
+        "index": index,
+        "label": label,
+        "class_name": CARDS[1].class_names[label],
+        "caller": "day",
+    }
+
+
+def labels_of(table: pa.Table) -> dict[str, int | None]:
+    return dict(zip(table["request_id"].to_pylist(), table["label"].to_pylist(), strict=True))
+
+
+def test_a_label_is_joined_however_late_it_comes(tmp_path: Path) -> None:
+    storage, clock = Storage(str(tmp_path)), Clock()
+    log_answers(storage, ["a", "b", "c"], clock=clock)
+    window = {"start_us": NOON_US, "end_us": NOON_US + HOUR_US}
+    assert labels_of(joined(storage, "shapes", **window)) == {"a": None, "b": None, "c": None}
+    give(storage, clock, ("a", 2))
+    clock.now_s += 5 * 86_400
+    give(storage, clock, ("b", 1), ("unknown", 0))
+    table = joined(storage, "shapes", **window)
+    assert labels_of(table) == {"a": 2, "b": 1, "c": None}
+    assert table.schema == SCHEMA.append(pa.field("label", pa.int32()))
+    assert joined(storage, "shapes", **window, columns=["version"]).column_names == [
+        "version",
+        "label",
+    ]
+
+
+def test_the_last_label_counts_and_contradictions_are_told(tmp_path: Path) -> None:
+    storage, clock = Storage(str(tmp_path)), Clock()
+    log_answers(storage, ["once", "twice", "mind"], clock=clock)
+    # By two gateways, whose files are read one after the other.
+    give(storage, clock, ("once", 1), ("twice", 1), ("mind", 0), ("mind", 1))
+    give(storage, clock, ("twice", 1), ("mind", 2))
+    labels = read_labels(storage, "shapes", start_us=0, end_us=MAX_US)
+    found = {
+        row["request_id"]: (row["label"], row["is_contradicted"]) for row in labels.to_pylist()
+    }
+    assert found == {"once": (1, False), "twice": (1, False), "mind": (2, True)}
+    early = read_labels(storage, "shapes", start_us=0, end_us=NOON_US + 3 * 10**6)
+    assert labels_of(early)["mind"] == 0
+    window = {"start_us": NOON_US, "end_us": NOON_US + HOUR_US}
+    assert labels_of(joined(storage, "shapes", **window)) == {"once": 1, "twice": 1, "mind": 2}
+
+
+def test_labels_find_their_image_in_a_batch_and_every_version_that_saw_it(tmp_path: Path) -> None:
+    storage, clock = Storage(str(tmp_path)), Clock()
+    log_answers(storage, ["batch"], clock=clock, count=3)
+    log_answers(storage, ["batch"], clock=clock, count=3, version=2, is_shadow=True)
+    give(storage, clock, ("batch", 2), index=1)
+    table = joined(storage, "shapes", start_us=0, end_us=MAX_US)
+    found = {(row["version"], row["index"]): row["label"] for row in table.to_pylist()}
+    expected = {(version, index): None for version in (1, 2) for index in (0, 1, 2)}
+    assert found == {**expected, (1, 1): 2, (2, 1): 2}
+
+
+def test_a_request_id_used_twice_is_ambiguous_but_a_retry_is_not(tmp_path: Path) -> None:
+    storage, clock = Storage(str(tmp_path)), Clock()
+    log_answers(storage, ["same", "same", "other"], clock=clock)
+    log_answers(storage, ["retried"], clock=clock, status=503)
+    clock.now_s += 1
+    log_answers(storage, ["retried"], clock=clock)
+    give(storage, clock, ("same", 1), ("other", 1), ("retried", 2))
+    table = joined(storage, "shapes", start_us=0, end_us=MAX_US)
+    found = [(row["request_id"], row["status"], row["label"]) for row in table.to_pylist()]
+    assert sorted(found, key=str) == [
+        ("other", 200, 1),
+        ("retried", 200, 2),
+        ("retried", 503, 2),
+        ("same", 200, None),
+        ("same", 200, None),
+    ]
+
+
+def test_nothing_logged_is_an_empty_table(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    window = {"start_us": 0, "end_us": MAX_US}
+    assert read(storage, "shapes", **window).schema == SCHEMA
+    assert joined(storage, "shapes", **window).num_rows == 0
+    assert read_labels(storage, "shapes", **window).num_rows == 0
+    assert expire(storage, "shapes") == 0
+
+
+def test_days_expire_as_wholes_with_their_labels(tmp_path: Path) -> None:
+    storage, clock = Storage(str(tmp_path)), Clock()
+    for day in range(5):
+        clock.now_s = NOON_S + day * 86_400
+        log_answers(storage, [f"day{day}"], clock=clock)
+        give(storage, clock, (f"day{day}", 1))
+    now = datetime.fromtimestamp(NOON_S, UTC) + timedelta(days=4, hours=11)
+    assert expire(storage, "shapes", 2, now=now) == 2
+    assert labels_of(joined(storage, "shapes", start_us=0, end_us=MAX_US)) == {
+        "day2": 1,
+        "day3": 1,
+        "day4": 1,
+    }
+    assert read_labels(storage, "shapes", start_us=0, end_us=MAX_US).num_rows == 3
+    assert expire(storage, "shapes", 2, now=now) == 0
+    with pytest.raises(ConfigError, match="at least one day"):
+        expire(storage, "shapes", 0)
+
+
+def test_labels_that_come_together_are_one_write_each_durable_before_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, write, writes = Storage(str(tmp_path)), Storage.write, []
+
+    def counted(self: Storage, relative: str, content: Any) -> None:
+        write(self, relative, content)
+        writes.append(relative)
+
+    monkeypatch.setattr(Storage, "write", counted)
+
+    async def main() -> None:
+        log = LabelLog(storage, clock=Clock())
+
+        async def one(number: int) -> None:
+            await log.add("shapes", row(f"r{number}", number % 3))
+            there = read_labels(storage, "shapes", start_us=0, end_us=MAX_US)
+            assert f"r{number}" in there["request_id"].to_pylist()
+
+        await asyncio.gather(*(one(number) for number in range(50)))
+
+    asyncio.run(main())
+    assert len(writes) < 10
+    assert len(set(writes)) == 1
+
+
+def test_labels_fill_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_logs, "MAX_FILE_ROWS", 8)
+    storage, clock = Storage(str(tmp_path)), Clock()
+    give(storage, clock, *((f"r{number}", 1) for number in range(20)))
+    assert len(storage.list("labels/shapes", recursive=True)) == 3
+    assert read_labels(storage, "shapes", start_us=0, end_us=MAX_US).num_rows == 20
+
+
+def test_a_label_that_was_not_written_is_not_acknowledged_nor_others_held_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(tmp_path))
+
+    def full(self: Storage, relative: str, content: Any) -> None:
+        raise StorageError("no space left")
+
+    async def main() -> None:
+        log = LabelLog(storage, clock=Clock())
+        await log.add("shapes", row("first", 1))
+        with monkeypatch.context() as patched:
+            patched.setattr(Storage, "write", full)
+            waiting = [log.add("shapes", row(f"r{number}", 1)) for number in range(3)]
+            found = await asyncio.gather(*waiting, return_exceptions=True)
+            assert [type(error) for error in found] == [StorageError] * 3
+        await log.add("shapes", row("last", 2))
+
+    asyncio.run(main())
+    labels = read_labels(storage, "shapes", start_us=0, end_us=MAX_US)
+    assert labels_of(labels) == {"first": 1, "last": 2}
+
+
+def plain(times_us: list[int]) -> pa.Table:
+    return pa.table({"time_us": times_us, "number": times_us}, schema=PLAIN)
+
+
+def test_readers_see_every_row_once_while_writers_replace_their_files(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    written = [0, 0]
+
+    def write(place: int) -> None:
+        segments = Segments(storage, "rows", max_rows=30, dictionary=[])
+        for number in range(200):
+            segments.append(plain([NOON_US + 2 * number + place]))
+            written[place] = number + 1
+
+    threads = [threading.Thread(target=write, args=(place,)) for place in (0, 1)]
+    for thread in threads:
+        thread.start()
+    is_over = False
+    while not is_over:
+        is_over = not any(thread.is_alive() for thread in threads)
+        least = list(written)
+        seen = read_segments(storage, "rows", PLAIN, start_us=0, end_us=MAX_US)
+        numbers = seen["number"].to_numpy() - NOON_US
+        assert (np.diff(numbers) > 0).all()
+        for place in (0, 1):
+            mine = numbers[numbers % 2 == place]
+            assert mine.tolist() == list(range(place, 2 * len(mine), 2))
+            assert len(mine) >= least[place]
+    assert written == [200, 200]
+
+
+def test_only_files_of_the_window_are_opened(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    segments = Segments(storage, "rows", max_rows=100, dictionary=[])
+    for span in range(4):
+        segments.append(plain([NOON_US + span * SPAN_US, NOON_US + (span + 1) * SPAN_US - 1]))
+    # Whoever opens another one fails on it.
+    for path in storage.list("rows", recursive=True):
+        if "/1205-" not in path:
+            (tmp_path / path).write_bytes(b"damaged")
+    window = {"start_us": NOON_US + SPAN_US, "end_us": NOON_US + 2 * SPAN_US}
+    assert read_segments(storage, "rows", PLAIN, **window).num_rows == 2
+    with pytest.raises(pa.ArrowInvalid):
+        read_segments(storage, "rows", PLAIN, start_us=NOON_US, end_us=NOON_US + 2 * SPAN_US)
+
+
+def test_a_clock_that_is_set_back_overwrites_nothing(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    segments = Segments(storage, "rows", max_rows=100, dictionary=[])
+    times_us = [NOON_US, NOON_US + SPAN_US, NOON_US + 1, NOON_US + SPAN_US + 1]
+    for time_us in times_us:
+        segments.append(plain([time_us]))
+    seen = read_segments(storage, "rows", PLAIN, start_us=0, end_us=MAX_US)
+    assert seen["time_us"].to_pylist() == sorted(times_us)
+    parts = by_span(plain(times_us))
+    assert [part["time_us"].to_pylist() for part in parts] == [times_us[::2], times_us[1::2]]

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from lib.config import PRESETS, Preset
+from lib.train.model import ConvNet, ModelConfig
+
+
+def num_parameters(stage_width: int, depth: int, growth: int) -> int:
+    """Of the net for MNIST."""
+    model = ModelConfig(
+        height=28,
+        width=28,
+        channels=1,
+        num_classes=10,
+        stage_width=stage_width,
+        depth=depth,
+        growth=growth,
+        pixel_mean=(0.13,),
+        pixel_std=(0.31,),
+    )
+    return ConvNet(model).num_parameters()
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
+def test_first_guesses_lie_in_the_space_that_is_searched(preset: Preset) -> None:
+    allowed = {
+        "stage_width": lambda value: value in preset.widths,
+        "depth": lambda value: value in preset.depths,
+        "growth": lambda value: value in preset.growths,
+        "learning_rate": lambda v: preset.learning_rates[0] <= v <= preset.learning_rates[1],
+        "augmentation": lambda v: preset.augmentations[0] <= v <= preset.augmentations[1],
+        "weight_decay": lambda value: 1e-4 <= value <= 2e-3,
+        "label_smoothing": lambda value: value in (0.0, 0.05, 0.1, 0.15),
+    }
+    for guess in preset.first_guesses:
+        wrong = [name for name, value in guess.items() if not allowed[name](value)]
+        assert not wrong
+
+
+def test_full_trains_large_and_tiny_nets_first_and_none_of_half_a_million_parameters() -> None:
+    full = PRESETS["full"]
+    sizes = [
+        num_parameters(*net) for net in itertools.product(full.widths, full.depths, full.growths)
+    ]
+    assert max(sizes) < 500_000
+    guesses = [
+        num_parameters(int(guess["stage_width"]), int(guess["depth"]), int(guess["growth"]))
+        for guess in full.first_guesses
+    ]
+    assert guesses[0] > 100_000
+    assert guesses[1] < 10_000

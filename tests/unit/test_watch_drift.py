@@ -1,0 +1,223 @@
+"""Drift on real digits: how often it is seen where there is none, and how soon where there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from scipy import stats
+
+from lib.watch.drift import LEVEL, Answers, Reference, Window, compare, holm, score
+from lib.watch.features import feature_names, features, grid_shape
+from lib.watch.sequence import BLOCK, THRESHOLD, Evidence, bet
+from tests.watch_parts import Images, blurred, digits, inverted, other_digits, predict, shifted
+
+ROWS = 250
+"""Of a window, as the monitor cuts them."""
+
+
+@cache
+def reference() -> Reference:
+    images, _ = digits("train")
+    chosen = np.random.default_rng(0).permutation(np.arange(8000, len(images)))
+    return Reference(
+        features_NF=features(images[chosen[:10_000]]),
+        feature_names=feature_names((28, 28, 1)),
+        grid=grid_shape((28, 28, 1)),
+        class_names=tuple("0123456789"),
+        answers={1: Answers.of(predict(images[chosen[10_000:16_000]]))},
+    )
+
+
+def window(images_NHWC: Images) -> Window:
+    return Window(features_NF=features(images_NHWC), answers={1: Answers.of(predict(images_NHWC))})
+
+
+@cache
+def unchanged() -> Window:
+    return window(digits("test")[0])
+
+
+def some(whole: Window, rows: npt.NDArray[np.int64]) -> Window:
+    answers = whole.answers[1]
+    return Window(
+        features_NF=whole.features_NF[rows],
+        answers={
+            1: Answers(
+                predicted_N=answers.predicted_N[rows],
+                confidence_N=answers.confidence_N[rows],
+                entropy_N=answers.entropy_N[rows],
+            )
+        },
+    )
+
+
+def test_shuffled_test_images_raise_few_alarms() -> None:
+    rng = np.random.default_rng(1)
+    results, evidence = [], Evidence()
+    highest = 0.0
+    for _ in range(5):
+        order = rng.permutation(10_000)
+        for number in range(10_000 // ROWS):
+            rows = order[number * ROWS : (number + 1) * ROWS]
+            result = score(reference(), some(unchanged(), rows))
+            results.append(result)
+            evidence = evidence.after_window(result.p_value, alarm=result.alarm)
+            if evidence.ends_block:
+                block = order[(number + 1 - BLOCK) * ROWS : (number + 1) * ROWS]
+                evidence = evidence.after_block(
+                    score(reference(), some(unchanged(), block)).p_value
+                )
+            highest = max(highest, evidence.sudden, evidence.slow)
+    assert len(results) == 200
+    alarms = sum(result.alarm for result in results)
+    print(f"{alarms} alarms of 200; highest evidence {highest:.3g} of {THRESHOLD:g}")
+    assert alarms <= 10
+    assert alarms == evidence.alarms
+    assert highest < THRESHOLD
+
+
+KINDS: dict[str, Callable[[Images], Images]] = {
+    "inverted": inverted,
+    "shifted": shifted,
+    "blurred": blurred,
+    "other digits": lambda images: other_digits(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drift_shows_within_500_requests_wherever_it_begins(kind: str) -> None:
+    rng = np.random.default_rng(2)
+    usual = digits("test")[0]
+    for begins_at in (0, 90, ROWS - 1):
+        strange = KINDS[kind](usual)
+        traffic = np.concatenate(
+            [
+                usual[rng.permutation(len(usual))[:begins_at]],
+                strange[rng.permutation(len(strange))[:750]],
+            ]
+        )
+        evidence, seen_after = Evidence(), None
+        for start in range(0, len(traffic) - ROWS + 1, ROWS):
+            result = score(reference(), window(traffic[start : start + ROWS]))
+            evidence = evidence.after_window(result.p_value, alarm=result.alarm)
+            if result.alarm and evidence.alarm:
+                seen_after = start + ROWS - begins_at
+                break
+        print(f"{kind} from request {begins_at} of a window: after {seen_after} requests")
+        assert seen_after is not None
+        assert seen_after <= 500
+
+
+def test_drift_too_slow_for_one_window_shows_in_the_evidence() -> None:
+    rng = np.random.default_rng(3)
+    usual = digits("test")[0]
+    strange = window(blurred(usual))
+    evidence, seen_at = Evidence(), None
+    block: list[Window] = []
+    for number in range(64):
+        rows = rng.permutation(10_000)[:ROWS]
+        part = rng.random(ROWS) < number / 64 * 0.5
+        mixed = some(unchanged(), rows)
+        mixed.features_NF[part] = strange.features_NF[rows[part]]
+        block.append(mixed)
+        result = score(reference(), mixed)
+        evidence = evidence.after_window(result.p_value, alarm=result.alarm)
+        if evidence.ends_block:
+            whole = np.concatenate([one.features_NF for one in block[-BLOCK:]])
+            found = score(reference(), Window(features_NF=whole))
+            evidence = evidence.after_block(found.p_value)
+        if evidence.alarm:
+            seen_at = number
+            break
+    print(f"slow drift seen at window {seen_at}, when {seen_at / 64 * 0.5:.0%} were blurred")
+    assert seen_at is not None
+
+
+def test_what_moved_is_named() -> None:
+    images = digits("test")[0][:ROWS].copy()
+    images[:, 0:4, 0:4] = 120
+    result = score(reference(), window(images))
+    assert result.moved[0].what == "cell 0,0"
+    assert result.moved[0].distance > 0.9
+    assert result.heat_map[0][0] == max(max(row) for row in result.heat_map)
+    assert result.kinds["inputs"][1] < LEVEL
+
+
+def test_a_class_that_comes_more_often_is_named() -> None:
+    images, labels = digits("test")
+    wanted = np.concatenate([np.flatnonzero(labels == 3)[:150], np.flatnonzero(labels != 3)[:100]])
+    result = score(reference(), window(images[wanted]))
+    assert "version 1: class 3" in [shift.what for shift in result.moved]
+    assert result.classes[1][3] > 0.3
+    assert sum(result.classes[1]) == pytest.approx(0, abs=1e-9)
+
+
+def test_predictions_alone_are_tested_where_no_features_are_logged() -> None:
+    nothing = np.empty((0, 52), np.float32)
+    answers = {1: Answers.of(predict(inverted(digits("test")[0][:ROWS])))}
+    result = score(reference(), Window(features_NF=nothing, answers=answers))
+    assert result.alarm
+    assert list(result.kinds) == ["predictions"]
+    assert result.heat_map == ()
+
+
+def test_nothing_to_test_is_no_drift() -> None:
+    few = Answers.of(predict(digits("test")[0][:10]))
+    unknown = Answers.of(predict(digits("test")[0][:ROWS]))
+    window_ = Window(features_NF=np.empty((0, 52), np.float32), answers={1: few, 9: unknown})
+    result = score(reference(), window_)
+    assert (result.alarm, result.p_value, result.rows) == (False, 1.0, 260)
+
+
+def test_without_tolerance_the_test_is_scipys() -> None:
+    rng = np.random.default_rng(4)
+    ours = rng.normal(0.2, 1, (300, 4)).astype(np.float32)
+    theirs = rng.normal(0, 1, (5000, 4)).astype(np.float32)
+    # With many ties, as in cells that are mostly black, and in the other direction.
+    ours[:, 2:], theirs[:, 2:] = np.round(ours[:, 2:]), np.round(theirs[:, 2:])
+    ours[:, 3] -= 1
+    distance, p_value = compare(ours, np.sort(theirs, axis=0), 0.0)
+    for column in range(4):
+        known = stats.ks_2samp(ours[:, column], theirs[:, column], method="asymp")
+        assert distance[column] == pytest.approx(-known.statistic_sign * known.statistic)
+        assert p_value[column] == pytest.approx(known.pvalue)
+    assert list(np.sign(distance)) == [1, 1, 1, -1]
+    # And what is as far away as tolerated is no evidence.
+    _, tolerant = compare(ours[:, :3], np.sort(theirs[:, :3], axis=0), 0.2)
+    assert (tolerant > 0.5).all()
+
+
+def test_holm_is_holms() -> None:
+    # Worked by hand: times 4, 3, 2, 1, and never less than the one before.
+    adjusted = holm(np.array([0.03, 0.005, 0.04, 0.01]))
+    np.testing.assert_allclose(adjusted, [0.06, 0.02, 0.06, 0.03])
+    assert holm(np.array([0.9, 0.8])).max() == 1.0
+
+
+def test_a_bet_does_not_win_without_drift() -> None:
+    p_values = (np.arange(10_000) + 0.5) / 10_000
+    assert 0.98 < np.mean([bet(float(p)) for p in p_values]) <= 1.0
+    rng = np.random.default_rng(5)
+    passed = 0
+    for _ in range(200):
+        evidence = Evidence()
+        for p_value in rng.random(100):
+            evidence = evidence.after_window(float(p_value), alarm=bool(p_value < LEVEL))
+            passed += evidence.alarm
+    # 20,000 windows; the bound for this part of the evidence is half of one in 1,000.
+    assert passed <= 10
+
+
+def test_evidence_ends_some_windows_after_the_drift() -> None:
+    evidence = Evidence()
+    for _ in range(50):
+        evidence = evidence.after_window(0.0, alarm=True)
+    assert evidence.alarm
+    for _ in range(6):
+        evidence = evidence.after_window(1.0, alarm=False)
+    assert not evidence.alarm
+    assert Evidence.from_json(evidence.to_json()) == evidence
