@@ -194,7 +194,7 @@ def test_a_locked_rollout_is_left_alone_and_an_abandoned_one_ended(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = Line(storage, honest)
-    monkeypatch.setattr(live, "Live", lambda settings, storage, who: line)
+    monkeypatch.setattr(live, "Live", lambda *_: line)
     rollout.begin(line, MODEL, CANDIDATE, OPTIONS, max_disagreement=0.05)
     lock = Path(storage.path(f"rollouts/{MODEL}/.lock"))
     lock.touch()
@@ -216,7 +216,7 @@ def test_a_locked_rollout_is_left_alone_and_an_abandoned_one_ended(
 
 def test_a_held_rollout_can_be_ended_too(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     line = Line(storage, honest)
-    monkeypatch.setattr(live, "Live", lambda settings, storage, who: line)
+    monkeypatch.setattr(live, "Live", lambda *_: line)
     monkeypatch.setattr(line, "rest", lambda: setattr(line, "clock_s", line.clock_s + 60))
     with pytest.raises(RolloutError, match="held at shadow") as caught:
         live.roll_out(line.settings, storage, CANDIDATE, OPTIONS)
