@@ -125,15 +125,17 @@ class SweepTrial(tune.Trainable):
     # What follows is between this class and Tune.
 
     def setup(self, config: dict[str, Any], desk: Desk | None = None, shared: Any = None) -> None:
-        """Prepare the process and begin the first configuration."""
+        """Prepare the process; the first step begins the configuration."""
         if desk is None:
             raise ValueError("a trial needs the desk of its sweep")
         self._desk = desk
         self.prepare(**(shared or {}))
-        self._begin(config)
+        self._standing = _Standing()
+        self._to_begin: Mapping[str, Any] | None = config
 
     def step(self) -> dict[str, Any]:
         """Return one report, kept durably before Tune sees it."""
+        self._begin_if_new()
         if self._standing.failure:
             return {FAILED: self._standing.failure, "done": True}
         if self._standing.kept:
@@ -151,9 +153,9 @@ class SweepTrial(tune.Trainable):
         return report
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin another configuration in this process."""
+        """Let the next step begin another configuration in this process."""
         self.end()
-        self._begin(new_config)
+        self._to_begin = new_config
         return True
 
     def cleanup(self) -> None:
@@ -173,10 +175,18 @@ class SweepTrial(tune.Trainable):
         file = Path(checkpoint_dir) / _STATE
         if not file.exists():
             return
+        self._begin_if_new()
         head, content = unpack(file.read_bytes())
         self._standing.kept = None
         self._standing.epoch = int(head["epoch"])
         self._guarded(lambda: self.load(content))
+
+    def _begin_if_new(self) -> None:
+        # Not when Tune hands a configuration over: it asks a new process and, if one becomes free
+        # meanwhile, gives the trial to that one. Then both would have begun it.
+        if self._to_begin is not None:
+            config, self._to_begin = self._to_begin, None
+            self._begin(config)
 
     def _begin(self, config: Mapping[str, Any]) -> None:
         self._standing = _Standing()

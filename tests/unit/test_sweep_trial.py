@@ -158,3 +158,19 @@ def test_a_scheduler_can_clone_a_trial(desk: Desk, tmp_path: Path) -> None:
     other.load_checkpoint(str(folder))
     report = other.step()
     assert (report["epoch"], report["score"]) == (5, 5.0)
+
+
+def test_a_trial_that_another_process_took_over_is_never_begun_here(desk: Desk) -> None:
+    begun: list[dict[str, Any]] = []
+
+    class Noted(Counter):
+        def begin(self, params: Mapping[str, Any]) -> None:
+            begun.append(dict(params))
+            super().begin(params)
+
+    trial = object.__new__(Noted)
+    trial._trial_info = SimpleNamespace(trial_id="a")
+    trial.setup({"width": 1}, desk=desk, shared={})
+    assert trial.reset_config({"width": 2})
+    trial.step()
+    assert begun == [{"width": 2}]
