@@ -37,7 +37,7 @@ def full_dossier(**changes: Any) -> Dossier:
         "versions": [row(number, random) for number in (1, 2, 3, 4)],
         "manifests": [manifest("c" * 32, "p" * 32, 120), manifest("p" * 32, None, 0)],
         "policies": policies(),
-        "watch": watch(accuracy, random),
+        "watch": watch(random),
         "rollouts": [rollout()],
         "retrains": [retrain()],
         "requests": {
@@ -151,51 +151,37 @@ def policies() -> list[dict[str, Any]]:
     ]
 
 
-def watch(accuracy: float, random: np.random.Generator) -> dict[str, Any]:
-    share = {"count": 494, "rows": 500, "share": 0.988, "low": 0.974, "high": 0.994}
+def watch(random: np.random.Generator) -> dict[str, Any]:
+    """What the monitor writes, see `lib.watch.view`."""
+    seen = {"labels": 500, "accuracy": 0.988, "low": 0.974, "high": 0.994, "shadow": False}
     hour = [NOW_S - 3600 + 150 * step for step in range(24)]
     return {
         "time": NOW_S - 60,
         "champion": 4,
+        "versions": {"4": seen},
         "drift": {
-            "time": NOW_S - 60,
-            "window": {"p_value": 0.41, "score": 0.1, "alarm": False, "moved": []},
+            "end": NOW_S - 60,
+            "p_value": 0.41,
+            "score": 0.1,
+            "alarm": False,
+            "moved": [],
             "evidence": {"alarm": False},
-            "series": [
-                {
-                    "end": time,
+        },
+        "history": [
+            {
+                "time": time,
+                "drift": {
                     "p_value": float(random.uniform(0.02, 1)),
                     "score": 0.1,
                     "alarm": step == 9,
-                }
-                for step, time in enumerate(hour)
-            ],  # fmt: skip
-        },
-        "quality": {
-            "versions": [{"version": 4, "shadow": False, "accuracy": share}],
-            "series": [
-                {
-                    "time": time,
-                    "versions": [
-                        {
-                            "version": 4,
-                            "shadow": False,
-                            "accuracy": 0.985 + 0.004 * (step % 3),
-                            "low": 0.97,
-                            "high": 0.997,
-                        },
-                        {
-                            "version": 3,
-                            "shadow": False,
-                            "accuracy": 0.95,
-                            "low": 0.92,
-                            "high": 0.97,
-                        },
-                    ],
-                }
-                for step, time in enumerate(hour)
-            ],  # fmt: skip
-        },
+                },
+                "versions": {
+                    "4": {"accuracy": 0.985 + 0.004 * (step % 3), "low": 0.97, "high": 0.997},
+                    "3": {"accuracy": 0.95, "low": 0.92, "high": 0.97},
+                },
+            }
+            for step, time in enumerate(hour)
+        ],
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ def correlates(dossier: Dossier) -> Finding:
         return Finding(False, "no labelled live requests of this version")
     low, high = live["low"] - ONLINE_MARGIN, live["high"] + ONLINE_MARGIN
     what = (
-        f"{live['share']:.4f} on {live['rows']} labelled live requests "
+        f"{live['accuracy']:.4f} on {live['labels']} labelled live requests "
         f"({live['low']:.4f}–{live['high']:.4f}), {offline:.4f} on test"
     )
     return Finding(low <= offline <= high, what)
@@ -234,11 +234,10 @@ def dependencies(dossier: Dossier) -> Finding:
 def inputs(dossier: Dossier) -> Finding:
     """The monitor compared live images with the training data lately, and they are alike."""
     drift = dossier.watch.get("drift") or {}
-    window = drift.get("window")
-    if not window or not _is_fresh(dossier, drift.get("time")):
+    if not drift or not _is_fresh(dossier, drift["end"]):
         return Finding(False, "the monitor has not tested live images within a day")
-    what = f"newest window: p = {window['p_value']:.2g}"
-    alarm = bool(drift.get("evidence", {}).get("alarm"))
+    what = f"newest window: p = {drift['p_value']:.2g}"
+    alarm = bool(drift["evidence"]["alarm"])
     return Finding(not alarm, what + ("; the live images have drifted" if alarm else ""))
 
 
@@ -282,7 +281,7 @@ def quality(dossier: Dossier) -> Finding:
     live, offline = _online(dossier), _metric(dossier, "test_accuracy")
     if live is None or offline is None or not _is_fresh(dossier, dossier.watch.get("time")):
         return Finding(False, "no live accuracy of this version within a day")
-    what = f"{live['share']:.4f} on {live['rows']} labelled requests, {offline:.4f} on test"
+    what = f"{live['accuracy']:.4f} on {live['labels']} labelled requests, {offline:.4f} on test"
     return Finding(live["high"] >= offline - ONLINE_MARGIN, what)
 
 
@@ -296,12 +295,8 @@ def _steps(retrain: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _online(dossier: Dossier) -> Mapping[str, Any] | None:
-    measured: Iterable[Mapping[str, Any]] = (dossier.watch.get("quality") or {}).get("versions", ())
-    for found in measured:
-        if found["version"] == dossier.version and not found["shadow"]:
-            accuracy: Mapping[str, Any] = found["accuracy"]
-            return accuracy if accuracy["rows"] else None
-    return None
+    found: Mapping[str, Any] | None = dossier.watch.get("versions", {}).get(str(dossier.version))
+    return found if found and found["labels"] and not found["shadow"] else None
 
 
 def _is_fresh(dossier: Dossier, time_s: float | None) -> bool:

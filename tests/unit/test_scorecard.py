@@ -107,17 +107,15 @@ def test_what_is_taken_away_costs_its_points(changes: dict[str, Any], expected: 
 def test_an_old_state_of_the_monitor_says_nothing_of_now() -> None:
     old = {**FULL.watch, "time": NOW_S - 2 * DAY_S}
     assert lost({"watch": old}) == {"monitor-stale", "monitor-quality"}
-    drift = {**FULL.watch["drift"], "time": NOW_S - 2 * DAY_S}
+    drift = {**FULL.watch["drift"], "end": NOW_S - 2 * DAY_S}
     assert lost({"watch": {**FULL.watch, "drift": drift}}) == {"monitor-inputs"}
 
 
 def test_live_accuracy_far_from_test_is_seen() -> None:
-    share = {"count": 400, "rows": 500, "share": 0.8, "low": 0.76, "high": 0.83}
-    seen = {"versions": [{"version": 4, "shadow": False, "accuracy": share}]}
-    changed = {"watch": {**FULL.watch, "quality": seen}}
+    seen = {"labels": 500, "accuracy": 0.8, "low": 0.76, "high": 0.83, "shadow": False}
+    changed = {"watch": {**FULL.watch, "versions": {"4": seen}}}
     assert lost(changed) == {"model-correlates", "monitor-quality"}
-    of_another = {"versions": [{"version": 3, "shadow": False, "accuracy": share}]}
-    changed = {"watch": {**FULL.watch, "quality": of_another}}
+    changed = {"watch": {**FULL.watch, "versions": {"3": seen}}}
     assert lost(changed) == {"model-correlates", "monitor-quality"}
 
 

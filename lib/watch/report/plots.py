@@ -179,11 +179,12 @@ def gap(dossier: Dossier) -> Picture:
 
 
 def drift(dossier: Dossier) -> Picture:
-    """p-value of every window of live requests; alarms are marked."""
-    series = (dossier.watch.get("drift") or {}).get("series") or []
-    if not series:
+    """p-value of the worst window of each step of the last hour; alarms are marked."""
+    points = [point for point in dossier.watch.get("history", ()) if "drift" in point]
+    if not points:
         return None
-    times = [_time(point["end"]) for point in series]
+    times = [_time(point["time"]) for point in points]
+    series = [point["drift"] for point in points]
     p_values = np.maximum([point["p_value"] for point in series], 1e-12)
     alarm = np.array([bool(point.get("alarm")) for point in series])
     with _figure(2.2) as (figure, done):
@@ -202,13 +203,12 @@ def drift(dossier: Dossier) -> Picture:
 
 def quality(dossier: Dossier) -> Picture:
     """Accuracy on labelled live requests over time, by version."""
-    series = (dossier.watch.get("quality") or {}).get("series") or []
     lines: dict[int, list[tuple[Any, ...]]] = {}
-    for point in series:
-        for found in point["versions"]:
-            if not found["shadow"] and found["accuracy"] is not None:
+    for point in dossier.watch.get("history", ()):
+        for version, found in point["versions"].items():
+            if found["accuracy"] is not None:
                 entry = (_time(point["time"]), found["accuracy"], found["low"], found["high"])
-                lines.setdefault(found["version"], []).append(entry)
+                lines.setdefault(int(version), []).append(entry)
     if not lines:
         return None
     with _figure(2.2) as (figure, done):
