@@ -7,6 +7,7 @@ import os
 import signal
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -170,3 +171,29 @@ def test_the_log_is_few_files(line: LiveLine, storage: Storage) -> None:
     writers = {path.split("-")[-2] for path in files}
     assert rows.num_rows > 400
     assert len(files) <= len(writers) * (len(spans) + rows.num_rows // 4096)
+
+
+def test_the_monitor_looks_at_the_log_and_the_report_shows_what_it_saw(
+    line: LiveLine, tmp_path: Path
+) -> None:
+    # One image again and again is no traffic like the training data.
+    body = np.asarray(mnist("test")[0][0], np.uint8).tobytes()
+    answers = post_all(line.url, [(body, {})] * 300)
+    assert all(isinstance(answer, dict) for answer in answers)
+
+    def seen() -> bool:
+        looked = line.run("jobs.monitor", "--once")
+        assert looked.returncode == 0, looked.stdout[-3000:] + looked.stderr
+        state = json.loads(looked.stdout.splitlines()[-1])
+        return bool(state.get("drift"))
+
+    until(seen, deadline_s=TIMEOUT_S, what="a window of requests that the monitor tested")
+    page = tmp_path / "report.html"
+    made = line.run("jobs.report", "champion", "--out", str(page))
+    assert made.returncode == 0, made.stdout[-3000:] + made.stderr
+    result = json.loads(made.stdout.splitlines()[-1])
+    text = page.read_text()
+    assert "Moved in the newest window: " in text
+    assert "ML Test Score" in text
+    checks = {check["id"]: check for check in result["checks"]}
+    assert checks["monitor-inputs"]["found"].startswith("newest window: p = ")
