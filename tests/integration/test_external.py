@@ -178,7 +178,6 @@ def test_an_onnx_model_of_a_run_is_registered_once_and_served(
     assert versions(settings) == [version]
 
     # MLflow alone loads it, and what serving lost comes back from there.
-    mlflow.set_tracking_uri(settings.mlflow_uri)
     alone = mlflow.pyfunc.load_model(f"models:/{settings.model}/1").predict(data.test.images_NHWC)
     assert np.array_equal(alone["probabilities"], probabilities)
     for path in data.storage.list(version.bundle):

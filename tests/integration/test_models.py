@@ -112,9 +112,12 @@ def filled_shelf(mlflow_server: str, folder: Path, patch: pytest.MonkeyPatch) ->
     patch.setattr(publish, "read_splits", lambda *_: splits)
     baseline = Baseline(val_accuracy=0.6, train_rows=900, seconds=1.0)
     patch.setattr(publish, "ensure_baseline", lambda *_: baseline)
-    rates = {"onnxruntime": {1: 900.0, 128: 2_000.0}, "torch": {1: 100.0, 128: 200.0}}
-    speed = Measured(device="cpu", images_per_s=rates, labels_agree=True)
-    patch.setattr(publish, "measure_where_served", lambda *_: speed)
+
+    def speed(images_per_s: float) -> None:
+        rates = {"onnxruntime": {1: 900.0, 128: images_per_s}, "torch": {1: 100.0, 128: 200.0}}
+        measured = Measured(device="cpu", images_per_s=rates, labels_agree=True)
+        patch.setattr(publish, "measure_where_served", lambda *_: measured)
+
     examples = {
         name: Examples(
             images_NHWC=torch.from_numpy(found.images_NHWC),
@@ -168,10 +171,12 @@ def filled_shelf(mlflow_server: str, folder: Path, patch: pytest.MonkeyPatch) ->
         (small, 0.73, "FINISHED"),
         (small, 0.10, "FAILED"),
     )
+    speed(2_000.0)
     register(settings, storage, manifest, first)
     model_id = logged_model_id(client.get_model_version(MODEL, "1"))
     client.create_model_version(MODEL, f"models:/{model_id}", model_id=model_id)
     later, _ = sweep((small, 0.76, "FINISHED"), width=7)
+    speed(2_100.0)
     register(settings, storage, manifest, later)
     bundles = {version.version: version.bundle for version in versions(settings)}
     traffic = ModelTraffic(
@@ -290,7 +295,7 @@ def test_all_that_is_known_and_what_differs(shelf: Shelf, models: Any) -> None:
     assert differs["metrics"].get("val_accuracy", {"change": 0.0})["change"] == pytest.approx(
         change
     )
-    assert differs["metrics"]
+    assert differs["metrics"]["images_per_s, batch 128"]["change"] == 100.0
     _, unknown = models("show", "17", code=1)
     assert "no version '17'" in unknown["message"]
 
@@ -336,10 +341,12 @@ def comparable(listed: Mapping[str, Any]) -> list[dict[str, Any]]:
 def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """An empty line of another kind: MLflow on SQLite without a server."""
     (tmp_path / "line").mkdir()
-    monkeypatch.chdir(tmp_path / "line")  # Where MLflow without a server keeps its files.
+    monkeypatch.chdir(tmp_path / "line")  # Where MLflow without a server keeps its artifacts.
+    uri = f"sqlite:///{tmp_path}/line/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # Its SQL store asks this one for models.
     return Settings(
         storage=str(tmp_path / "line" / "storage"),
-        mlflow_uri=f"sqlite:///{tmp_path}/line/mlflow.db",
+        mlflow_uri=uri,
         model=MODEL,
     )
 
