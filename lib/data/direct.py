@@ -36,6 +36,27 @@ def read_split(storage: Storage, manifest: Manifest, split: str) -> tuple[Images
     return images.reshape(-1, *manifest.shape), labels
 
 
+def read_rows(
+    storage: Storage, manifest: Manifest, split: str, rows: npt.NDArray[np.int64]
+) -> tuple[Images, Labels]:
+    """Return some rows of a split, given by their increasing places in shard order.
+
+    Raises DataError if a shard is damaged.
+    """
+    images, labels, start = [], [], 0
+    for shard in manifest.shards:
+        if shard.split != split:
+            continue
+        first, last = np.searchsorted(rows, (start, start + shard.rows))
+        if last > first:
+            table = read_shard(storage, shard, ["image", "label"])
+            there = rows[first:last] - start
+            images.append(byte_rows(table.column("image"), int(np.prod(manifest.shape)))[there])
+            labels.append(table.column("label").to_numpy()[there].astype(np.int64))
+        start += shard.rows
+    return np.concatenate(images).reshape(-1, *manifest.shape), np.concatenate(labels)
+
+
 def check_data(storage: Storage, manifest: Manifest) -> int:
     """Read every shard and compare it with the manifest; return how many rows were checked.
 
@@ -52,8 +73,12 @@ def read_shard(storage: Storage, shard: Shard, columns: list[str] | None = None)
     """Return a shard's rows; raise DataError if its bytes are not those of the manifest."""
     content = storage.read_buffer(shard.path)
     if hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise DataError(f"{shard.path} is damaged: its SHA-256 is not the manifest's")
-    table = pq.read_table(pa.BufferReader(content), columns=columns)
+        raise DataError(
+            f"{shard.path} at {storage.uri} is damaged: its SHA-256 is not the manifest's; "
+            "delete it and run jobs.ingest again with the source"
+        )
+    # Readers of many shards have a thread for each.
+    table = pq.read_table(pa.BufferReader(content), columns=columns, use_threads=False)
     if table.num_rows != shard.rows:
         raise DataError(f"{shard.path} has {table.num_rows} rows, the manifest says {shard.rows}")
     return table

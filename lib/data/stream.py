@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from lib.data.direct import byte_rows, read_shard
 from lib.data.manifest import Manifest, Shard
 from lib.data.readers import Images
 from lib.data.splits import row_hash
@@ -20,6 +18,16 @@ from lib.storage import Storage
 
 WINDOW_BYTES = 64 * 2**20
 """Pixels that are shuffled together; at most two windows are held."""
+
+
+IN_MEMORY_BYTES = 2**30
+"""Pixels of a split up to which trials hold it; a constant, since the order of training, and so
+the bits of a model that is rebuilt, depend on it."""
+
+
+def fits_in_memory(manifest: Manifest, split: str) -> bool:
+    """Return whether a split is trained on from memory."""
+    return manifest.rows(split) * int(np.prod(manifest.shape)) <= IN_MEMORY_BYTES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,33 +105,14 @@ class EpochStream:
         starts = np.cumsum([0] + [shard.rows for shard in shards])
 
         def place(index: int) -> None:
-            table = read_shard(self.storage, shards[index])
+            table = read_shard(self.storage, shards[index], ["image", "label"])
             there = places[starts[index] : starts[index + 1]]
-            row = 0
-            for chunk in table.column("image").chunks:
-                width = chunk.type.byte_width
-                pixels = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)[chunk.offset * width :]
-                part = pixels[: len(chunk) * width].reshape(-1, *self.manifest.shape)
-                images[there[row : row + len(chunk)]] = part
-                row += len(chunk)
+            pixels = byte_rows(table.column("image"), int(np.prod(self.manifest.shape)))
+            images[there] = pixels.reshape(-1, *self.manifest.shape)
             labels[there] = table.column("label").to_numpy()
 
         list(decoders.map(place, range(len(shards))))
         return Batch(images_NHWC=images, labels_N=labels)
-
-
-def read_shard(storage: Storage, shard: Shard) -> pa.Table:
-    """Read the images and labels of a shard; raise DataError if it is not the manifest's."""
-    content = storage.read_buffer(shard.path)
-    if hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise DataError(
-            f"{shard.path} at {storage.uri} is damaged: its SHA-256 is not the manifest's; "
-            "delete it and run jobs.ingest again with the source"
-        )
-    table = pq.read_table(pa.BufferReader(content), columns=["image", "label"], use_threads=False)
-    if table.num_rows != shard.rows:
-        raise DataError(f"{shard.path} has {table.num_rows} rows, the manifest says {shard.rows}")
-    return table
 
 
 def _cut(left: Batch | None, window: Batch, size: int) -> Iterator[Batch]:

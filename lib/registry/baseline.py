@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lib.cli import progress
+from lib.data.direct import read_rows
 from lib.data.loader import read_splits
 from lib.data.manifest import Manifest
 from lib.errors import RefusedError
@@ -49,10 +50,11 @@ def ensure_baseline(storage: Storage, manifest: Manifest) -> Baseline:
     if storage.exists(path):
         return Baseline(**storage.read_json(path))
     progress("register", "training the baseline, a logistic regression on the same data")
-    splits = read_splits(storage, manifest, ["train", "val"])
-    train, val = splits["train"], splits["val"]
+    rows = sampled_rows(manifest.rows("train"), manifest.shape, manifest.num_classes)
+    images_NHWC, labels_N = read_rows(storage, manifest, "train", rows)
+    val = read_splits(storage, manifest, ["val"])["val"]
     baseline = train_baseline(
-        train.images_NHWC, train.labels_N, val.images_NHWC, val.labels_N, manifest.num_classes
+        images_NHWC, labels_N, val.images_NHWC, val.labels_N, manifest.num_classes
     )
     storage.write_json(path, asdict(baseline))
     progress(
@@ -61,6 +63,16 @@ def ensure_baseline(storage: Storage, manifest: Manifest) -> Baseline:
         f"rows in {baseline.seconds:.1f} s",
     )
     return baseline
+
+
+def sampled_rows(
+    num_rows: int, shape: tuple[int, int, int], num_classes: int
+) -> npt.NDArray[np.int64]:
+    """Return the rows to train on: evenly spaced, so every class has its share in any order."""
+    height, width, channels = shape
+    values = min(height, _MAX_SIDE) * min(width, _MAX_SIDE) * channels
+    sampled = min(num_rows, max(num_classes, _MAX_VALUES // values))
+    return np.linspace(0, num_rows - 1, sampled).astype(np.int64)
 
 
 def train_baseline(
@@ -72,13 +84,8 @@ def train_baseline(
 ) -> Baseline:
     """Fit softmax regression by L-BFGS from zero weights: the same data give the same result."""
     start_s = time.monotonic()
-    height, width, channels = train_images_NHWC.shape[1:]
-    values = min(height, _MAX_SIDE) * min(width, _MAX_SIDE) * channels
-    # Evenly spaced rows hold every class in its share, whatever the order of the shards.
-    num_rows = min(len(train_labels_N), max(num_classes, _MAX_VALUES // values))
-    rows = np.linspace(0, len(train_labels_N) - 1, num_rows).astype(np.int64)
-    features = _features(train_images_NHWC[rows])
-    labels = torch.from_numpy(train_labels_N[rows])
+    features = _features(train_images_NHWC)
+    labels = torch.from_numpy(train_labels_N)
     mean = features.mean(dim=0)
     # One scale for all pixels: those at the border hardly vary and would be blown up by their own.
     scale = features.std(dim=0).mean().clamp(min=1e-3)
@@ -102,7 +109,7 @@ def train_baseline(
     val_accuracy = float((logits.argmax(dim=1).numpy() == val_labels_N).mean())
     return Baseline(
         val_accuracy=val_accuracy,
-        train_rows=len(rows),
+        train_rows=len(train_labels_N),
         seconds=round(time.monotonic() - start_s, 3),
     )
 

@@ -1,4 +1,4 @@
-"""The only training loop: epochs over tensors, with a learning rate that comes to rest at rungs.
+"""The only training loop: epochs over images, with a learning rate that comes to rest at rungs.
 
 Shapes in names: N images, H height, W width, C colour channels, K classes.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -81,9 +82,35 @@ class Examples:
     labels_N: Tensor
     """int64."""
 
+    @property
+    def num_images(self) -> int:
+        """Return how many images there are."""
+        return len(self.labels_N)
+
+    def batches(self, size: int, epoch: int = 0) -> Iterator[Examples]:
+        """Yield all images in their order; the last batch may be smaller."""
+        for start in range(0, self.num_images, size):
+            yield Examples(
+                images_NHWC=self.images_NHWC[start : start + size],
+                labels_N=self.labels_N[start : start + size],
+            )
+
     def to(self, device: torch.device) -> Examples:
         """Return the examples on a device."""
         return Examples(images_NHWC=self.images_NHWC.to(device), labels_N=self.labels_N.to(device))
+
+
+class Stream(Protocol):
+    """Examples that are read while they are needed: a set larger than memory."""
+
+    @property
+    def num_images(self) -> int:
+        """Return how many images there are."""
+        ...
+
+    def batches(self, size: int, epoch: int = 0) -> Iterator[Examples]:
+        """Yield every image once, shuffled by the epoch; the last batch may be smaller."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,23 +134,23 @@ def reduced_precision(device: torch.device) -> torch.dtype | None:
 
 
 class Trainer:
-    """Trains one net on tensors. On a CPU, the same seed and threads give the same bits."""
+    """Trains one net. On a CPU, the same seed and threads give the same bits."""
 
     def __init__(
         self,
         model_config: ModelConfig,
         train_config: TrainConfig,
         *,
-        train: Examples,
-        val: Examples | None = None,
+        train: Examples | Stream,
+        val: Examples | Stream | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.model_config = model_config
         self.train_config = train_config
         self.device = torch.device(device)
         self.epoch = 0
-        self._train = train.to(self.device)
-        self._val = None if val is None else val.to(self.device)
+        self._train = train.to(self.device) if isinstance(train, Examples) else train
+        self._val = val.to(self.device) if isinstance(val, Examples) else val
         self._precision = reduced_precision(self.device)
         self._generator = torch.Generator(self.device).manual_seed(train_config.seed)
         with torch.random.fork_rng(devices=[]):
@@ -150,7 +177,7 @@ class Trainer:
         Raises SearchError if the loss is not a number.
         """
         start_s = time.perf_counter()
-        num_images = len(self._train.labels_N)
+        num_images = self._train.num_images
         train_loss, learning_rate = self._train_epoch()
         self._synchronise()
         train_s = time.perf_counter() - start_s
@@ -204,27 +231,22 @@ class Trainer:
 
     def _train_epoch(self) -> tuple[float, float]:
         config = self.train_config
-        num_images = len(self._train.labels_N)
-        num_batches = max(1, num_images // config.batch_size)
-        order = torch.randperm(num_images, generator=self._generator, device=self.device)
+        num_batches = max(1, self._train.num_images // config.batch_size)
         total_loss = torch.zeros((), device=self.device)
         peak = 0.0
         self.net.train()
-        for batch in range(num_batches):
+        for batch, given in enumerate(islice(self._shuffled(), num_batches)):
             rate = config.learning_rate_at(self.epoch + batch / num_batches)
             peak = max(peak, rate)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
-            index = order[batch * config.batch_size : (batch + 1) * config.batch_size]
-            images_NHWC = self._train.images_NHWC.index_select(0, index)
-            labels_N = self._train.labels_N.index_select(0, index)
             images_NCHW = augment(
-                self.net.normalise(images_NHWC), config.augmentation, self._generator
+                self.net.normalise(given.images_NHWC), config.augmentation, self._generator
             )
             with self._autocast():
                 logits_NK = self.net.classify(images_NCHW)
             loss = functional.cross_entropy(
-                logits_NK.float(), labels_N, label_smoothing=config.label_smoothing
+                logits_NK.float(), given.labels_N, label_smoothing=config.label_smoothing
             )
             loss.backward()
             self._optimizer.step()
@@ -232,19 +254,34 @@ class Trainer:
             total_loss += loss.detach()
         return float(total_loss) / num_batches, peak
 
+    def _shuffled(self) -> Iterator[Examples]:
+        """Yield this epoch's batches, on the device."""
+        size = self.train_config.batch_size
+        if not isinstance(self._train, Examples):
+            for batch in self._train.batches(size, self.epoch):
+                yield batch.to(self.device)
+            return
+        order = torch.randperm(
+            self._train.num_images, generator=self._generator, device=self.device
+        )
+        for index in order.split(size):
+            yield Examples(
+                images_NHWC=self._train.images_NHWC.index_select(0, index),
+                labels_N=self._train.labels_N.index_select(0, index),
+            )
+
     @torch.inference_mode()
-    def evaluate(self, examples: Examples) -> Evaluation:
+    def evaluate(self, examples: Examples | Stream) -> Evaluation:
         """Return loss (without label smoothing) and accuracy, in float32 as it will be served."""
         self.net.eval()
-        num_images = len(examples.labels_N)
         loss = torch.zeros((), device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        for start in range(0, num_images, _EVALUATION_BATCH):
-            images_NHWC = examples.images_NHWC[start : start + _EVALUATION_BATCH].to(self.device)
-            labels_N = examples.labels_N[start : start + _EVALUATION_BATCH].to(self.device)
-            logits_NK = self.net(images_NHWC)
-            loss += functional.cross_entropy(logits_NK, labels_N, reduction="sum")
-            correct += (logits_NK.argmax(dim=1) == labels_N).sum()
+        for batch in examples.batches(_EVALUATION_BATCH):
+            given = batch.to(self.device)
+            logits_NK = self.net(given.images_NHWC)
+            loss += functional.cross_entropy(logits_NK, given.labels_N, reduction="sum")
+            correct += (logits_NK.argmax(dim=1) == given.labels_N).sum()
+        num_images = examples.num_images
         return Evaluation(loss=float(loss) / num_images, accuracy=int(correct) / num_images)
 
     def _autocast(self) -> torch.autocast:

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from lib.data.direct import read_split
-from lib.data.manifest import load_manifest
+from lib.data.manifest import Manifest, load_manifest
+from lib.data.stream import fits_in_memory
 from lib.storage import Storage
 from lib.train.environment import describe
-from lib.train.loop import Examples, TrainConfig, Trainer
+from lib.train.loop import Examples, Stream, TrainConfig, Trainer
 from lib.train.model import ModelConfig
+from lib.train.streamed import StreamedExamples
 
 
 def main() -> None:
@@ -43,17 +45,12 @@ def retrain(config: Mapping[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(config["num_threads"])
     storage = Storage(config["storage"])
     manifest = load_manifest(storage, config["data_digest"])
-    examples = {}
-    for split in ("train", "val"):
-        images_NHWC, labels_N = read_split(storage, manifest, split)
-        examples[split] = Examples(
-            images_NHWC=torch.from_numpy(images_NHWC), labels_N=torch.from_numpy(labels_N)
-        )
+    train_config = TrainConfig.from_dict(config["train_config"])
     trainer = Trainer(
         ModelConfig.from_dict(config["model_config"]),
-        TrainConfig.from_dict(config["train_config"]),
-        train=examples["train"],
-        val=examples["val"],
+        train_config,
+        train=_source(storage, manifest, "train", train_config.seed),
+        val=_source(storage, manifest, "val", train_config.seed),
         device=config["device"],
     )
     metrics: dict[str, float] = {}
@@ -69,6 +66,13 @@ def retrain(config: Mapping[str, Any]) -> dict[str, Any]:
         "metrics": metrics,
         "environment": describe(trainer.device),
     }
+
+
+def _source(storage: Storage, manifest: Manifest, split: str, seed: int) -> Examples | Stream:
+    if not fits_in_memory(manifest, split):
+        return StreamedExamples(storage=storage, manifest=manifest, split=split, seed=seed)
+    images_NHWC, labels_N = read_split(storage, manifest, split)
+    return Examples(images_NHWC=torch.from_numpy(images_NHWC), labels_N=torch.from_numpy(labels_N))
 
 
 if __name__ == "__main__":

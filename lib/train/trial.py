@@ -14,10 +14,12 @@ import torch
 
 from lib.data.loader import Split
 from lib.data.manifest import Manifest
+from lib.storage import Storage
 from lib.train.augment import Augmentation
 from lib.train.environment import describe
-from lib.train.loop import Examples, TrainConfig, Trainer
+from lib.train.loop import Examples, Stream, TrainConfig, Trainer
 from lib.train.model import ConvNet, ModelConfig
+from lib.train.streamed import StreamedExamples
 from lib.train.trainable import SweepTrial
 
 MODEL_FILE = "model.pt"
@@ -37,6 +39,7 @@ class Trial(SweepTrial):
     def prepare(
         self,
         *,
+        storage: Storage,
         manifest: Manifest,
         splits: Mapping[str, Split],
         rungs: tuple[int, ...],
@@ -45,10 +48,12 @@ class Trial(SweepTrial):
         train_seed: int = 0,
         measure_latency: bool = False,
     ) -> None:
-        """Take the data, which all trials share, to the device once.
+        """Take the splits, which all trials share, to the device once.
 
-        `settings` are those parameters that are the same in every trial.
+        What is not among them is read from storage during each epoch. `settings` are those
+        parameters that are the same in every trial.
         """
+        self._data_storage = storage
         self._manifest = manifest
         self._rungs = rungs
         self._settings = dict(settings or {})
@@ -112,9 +117,14 @@ class Trial(SweepTrial):
                 growth=config["growth"],
             ),
             train_config(config, rungs=self._rungs, seed=self._seed),
-            train=self._examples["train"],
-            val=self._examples["val"],
+            train=self._source("train"),
+            val=self._source("val"),
             device=self._device,
+        )
+
+    def _source(self, split: str) -> Examples | Stream:
+        return self._examples.get(split) or StreamedExamples(
+            storage=self._data_storage, manifest=self._manifest, split=split, seed=self._seed
         )
 
 
@@ -149,18 +159,18 @@ def examples(split: Split) -> Examples:
         )
 
 
-def confusion(model_file: bytes, split: Split) -> list[list[int]]:
+def confusion(model_file: bytes, given: Examples | Stream) -> list[list[int]]:
     """Return how many images of each true class a kept model takes for each class."""
     content = torch.load(io.BytesIO(model_file), map_location="cpu", weights_only=True)
     config = ModelConfig.from_dict(content["model_config"])
     net = ConvNet(config).eval()
     net.load_state_dict(content["model"])
-    given = examples(split)
-    with torch.inference_mode():
-        found = [net(part).argmax(dim=1) for part in given.images_NHWC.split(_CONFUSION_BATCH)]
     num_classes = config.num_classes
-    pairs = given.labels_N * num_classes + torch.cat(found)
-    counts = torch.bincount(pairs, minlength=num_classes**2)
+    counts = torch.zeros(num_classes**2, dtype=torch.int64)
+    with torch.inference_mode():
+        for batch in given.batches(_CONFUSION_BATCH):
+            pairs = batch.labels_N * num_classes + net(batch.images_NHWC).argmax(dim=1)
+            counts += torch.bincount(pairs, minlength=num_classes**2)
     return [list(map(int, row)) for row in counts.view(num_classes, num_classes)]
 
 

@@ -11,6 +11,7 @@ from lib.cli import progress
 from lib.config import Preset, Settings
 from lib.data.loader import Split, read_splits
 from lib.data.manifest import Manifest, load_manifest
+from lib.data.stream import fits_in_memory
 from lib.errors import SearchError
 from lib.registry.trials import CHECKPOINT_PATH
 from lib.storage import Storage
@@ -19,8 +20,9 @@ from lib.train.command_trial import LOG_FILE, CommandTrial
 from lib.train.experiment import Experiment, Value
 from lib.train.presets import first_guesses, search_space
 from lib.train.resources import TrialResources, asked_resources, trial_resources
+from lib.train.streamed import StreamedExamples
 from lib.train.trainable import SweepTrial
-from lib.train.trial import EAGER_LATENCY_MS, MODEL_FILE, Trial, confusion
+from lib.train.trial import EAGER_LATENCY_MS, MODEL_FILE, Trial, confusion, examples
 
 IMAGES, COMMAND = "images", "command"
 
@@ -79,11 +81,13 @@ def image_work(
         return splits
 
     def shared(resources: TrialResources) -> Mapping[str, Any]:
-        rows = ", ".join(
-            f"{len(split.labels_N):,} {name}" for name, split in read("train", "val").items()
-        )
-        progress("tune", f"read {rows} images")
+        held = [name for name in ("train", "val") if fits_in_memory(manifest, name)]
+        read(*held)
+        for name in ("train", "val"):
+            how = "read" if name in held else "trials stream"
+            progress("tune", f"{how} {manifest.rows(name):,} {name} images")
         return {
+            "storage": storage,
             "manifest": manifest,
             "splits": dict(splits),
             "rungs": preset.rungs,
@@ -95,7 +99,11 @@ def image_work(
 
     def confused(kept: Callable[[str], bytes | None]) -> list[list[int]] | None:
         content = kept(MODEL_FILE)
-        return None if content is None else confusion(content, read("val")["val"])
+        if content is None:
+            return None
+        if fits_in_memory(manifest, "val"):
+            return confusion(content, examples(read("val")["val"]))
+        return confusion(content, StreamedExamples(storage=storage, manifest=manifest, split="val"))
 
     return Work(
         kind=IMAGES,

@@ -191,7 +191,7 @@ def test_weights_of_another_trial_are_no_result_of_a_configuration(
     manifest = load_manifest(recorded.storage, recorded.version.data_digest)
     splits = read_splits(recorded.storage, manifest, ["train", "val"])
     trial = Trial.__new__(Trial)
-    trial.prepare(manifest=manifest, splits=splits, rungs=(2,))
+    trial.prepare(storage=recorded.storage, manifest=manifest, splits=splits, rungs=(2,))
     params = {"stage_width": 8, "depth": 1, "growth": 4, "augmentation": 0.5}
     params |= {"weight_decay": 5e-4, "label_smoothing": 0.1}
 

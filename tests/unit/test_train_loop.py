@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -59,6 +60,30 @@ def test_it_learns_and_reports_every_epoch() -> None:
     assert metrics[-1]["val_accuracy"] > 0.98
     assert metrics[-1]["train_loss"] < metrics[0]["train_loss"]
     assert all(epoch["images_per_s"] > 0 for epoch in metrics)
+
+
+def test_a_stream_of_the_same_batches_trains_the_same_net() -> None:
+    given = bars(330, 1)
+
+    class Stream:
+        """In the order of the first epoch of a set that is held in memory."""
+
+        num_images = given.num_images
+
+        def batches(self, size: int, epoch: int = 0) -> Iterator[Examples]:
+            order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(epoch))
+            for index in order.split(size):
+                yield Examples(images_NHWC=given.images_NHWC[index], labels_N=given.labels_N[index])
+
+    config = TrainConfig(
+        rungs=(1,), batch_size=32, augmentation=Augmentation(strength=0.0), label_smoothing=0.0
+    )
+    streamed = Trainer(MODEL, config, train=Stream(), val=bars(200, 2))
+    held = Trainer(MODEL, config, train=given, val=bars(200, 2))
+    metrics = [trainer.run_epoch() for trainer in (streamed, held)]
+    assert bits(streamed.net) == bits(held.net)
+    assert metrics[0]["train_loss"] == metrics[1]["train_loss"]
+    assert streamed.evaluate(bars(700, 3)) == held.evaluate(bars(700, 3))
 
 
 def test_the_same_seed_gives_the_same_bits() -> None:
