@@ -4,6 +4,7 @@ python -m tests.bench [ingest] [training] [search] [serving] --rounds 5 --second
 python -m tests.bench soak --seconds 600
 python -m tests.bench autoscaling --seconds 40
 python -m tests.bench backpressure --seconds 10
+python -m tests.bench large --rows 7000000
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 PARTS = ("ingest", "training", "search", "serving")
 """What is measured if nothing is named."""
-LONG_PARTS = ("soak", "autoscaling", "backpressure")
+LONG_PARTS = ("soak", "autoscaling", "backpressure", "large")
 _ROOT = Path(__file__).parents[2]
 
 
@@ -37,6 +38,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=5, help="times each measurement is repeated")
     parser.add_argument("--seconds", type=float, default=3, help="length of one load of serving")
+    parser.add_argument("--rows", type=int, default=7_000_000, help="images of the large set")
     parser.add_argument("--json", type=Path, help="where all figures go (default: .rayline/bench/)")
     arguments = parser.parse_args()
     there = (*PARTS, *LONG_PARTS)
@@ -45,6 +47,8 @@ def main() -> int:
         parser.error(f"unknown part {', '.join(sorted(unknown))}; choose of {', '.join(there)}")
     if arguments.rounds < 1 or arguments.seconds < 1:
         parser.error("--rounds and --seconds must be at least 1")
+    if arguments.rows < 10_000:
+        parser.error("--rows must be at least 10000, or nothing is large")
     # Ended from outside, the bench still ends all that it started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     temp = Path(tempfile.mkdtemp(prefix="rlb-", dir="/tmp"))
@@ -81,7 +85,9 @@ def _run(chosen: list[str], arguments: argparse.Namespace, temp: Path) -> int:
     from tests.bench import machine
     from tests.bench.report import BenchError, Options, say
 
-    options = Options(rounds=arguments.rounds, seconds=arguments.seconds, temp=temp)
+    options = Options(
+        rounds=arguments.rounds, seconds=arguments.seconds, rows=arguments.rows, temp=temp
+    )
     found = machine.describe()
     target = (
         arguments.json or _ROOT / ".rayline" / "bench" / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
@@ -123,6 +129,7 @@ def _minutes(chosen: list[str], options: Any) -> float:
         "soak": 60 + options.seconds,
         "autoscaling": 60 + 5 * options.seconds,
         "backpressure": 60 + 4 * (options.seconds + 2),
+        "large": 60 + options.rows / 15_000,
         "serving": 150 + options.rounds * 24 * (options.seconds + 2),
     }
     return sum(seconds[part] for part in chosen) / 60

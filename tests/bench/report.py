@@ -25,6 +25,8 @@ class Options:
     """Times that every measurement is repeated, in turns with its peers."""
     seconds: float
     """Length of one load of the serving part."""
+    rows: int
+    """Images of the large set."""
     temp: Path
     """Folder for everything that the bench writes meanwhile; short, on a local disk."""
 

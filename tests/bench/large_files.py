@@ -1,4 +1,4 @@
-"""A large set of 28×28 images: as Parquet files to ingest, and what plain pyarrow does with it."""
+"""The files of a large set of 28×28 images, and what plain pyarrow does with them."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ _PARQUET = {
 }
 
 
-def make_source(folder: Path, num_rows: int, *, num_processes: int = 2) -> None:
+def make_source(folder: Path, rows: int, *, num_processes: int = 2) -> None:
     """Write train and test files (one in seven) of shifted MNIST digits, no two alike."""
-    num_test = num_rows // 7
+    num_test = rows // 7
     jobs = []
-    for split, rows in (("train", num_rows - num_test), ("test", num_test)):
+    for split, split_rows in (("train", rows - num_test), ("test", num_test)):
         (folder / split).mkdir(parents=True)
         jobs += [
             (
                 folder / split / f"{start // FILE_ROWS:04d}.parquet",
                 split,
                 start,
-                min(FILE_ROWS, rows - start),
+                min(FILE_ROWS, split_rows - start),
             )
-            for start in range(0, rows, FILE_ROWS)
+            for start in range(0, split_rows, FILE_ROWS)
         ]
     # Spawned: Ray's threads in this process do not survive a fork.
     with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
@@ -83,13 +83,18 @@ def _write(path: Path, pixels: npt.NDArray[np.uint8], labels: npt.NDArray[np.int
     pq.write_table(table, path, row_group_size=chunk_rows((28, 28, 1)), **_PARQUET)
 
 
-def subset(source: Path, folder: Path, num_rows: int) -> Path:
-    """Link the first files of each split, about `num_rows` in all; return the folder."""
+def num_rows(folder: Path) -> int:
+    """Return the rows of all Parquet files below a folder."""
+    return sum(pq.read_metadata(file).num_rows for file in folder.rglob("*.parquet"))
+
+
+def subset(source: Path, folder: Path, wanted_rows: int) -> Path:
+    """Link the first files of each split, about `wanted_rows` in all; return the folder."""
+    share = wanted_rows / num_rows(source)
     for split in ("train", "test"):
         files = sorted((source / split).iterdir())
-        total = sum(pq.read_metadata(file).num_rows for file in source.rglob("*.parquet"))
         (folder / split).mkdir(parents=True)
-        for file in files[: max(1, round(len(files) * num_rows / total))]:
+        for file in files[: max(1, round(len(files) * share))]:
             os.link(file, folder / split / file.name)
     return folder
 
@@ -108,13 +113,12 @@ def plain_ingest(source: Path, folder: Path) -> tuple[int, float]:
             max_rows_per_group=step,
             min_rows_per_group=step,
         )
-    files = list(folder.rglob("*.parquet"))
-    for file in files:
+    for file in folder.rglob("*.parquet"):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
     taken_s = time.perf_counter() - started
-    rows = sum(pq.read_metadata(file).num_rows for file in files)
+    rows = num_rows(folder)
     shutil.rmtree(folder)
     return rows, taken_s
 
