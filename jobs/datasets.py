@@ -3,6 +3,7 @@
     python -m jobs.datasets list
     python -m jobs.datasets show DIGEST --pictures DIR   # counts, statistics, lineage, samples
     python -m jobs.datasets diff A B --pictures DIR      # which rows came, went, moved
+    python -m jobs.datasets extend DIGEST --days 7       # with the labelled requests of that time
 
 Needs storage alone, no Ray and no MLflow. The start of a digest is enough. The last line is JSON;
 --json leaves only that on the output.
@@ -11,15 +12,19 @@ Needs storage alone, no Ray and no MLflow. The start of a digest is enough. The 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.cli import run
+from lib.cli import progress, run
 from lib.config import Settings
 from lib.data import views
+from lib.data.extend import ExtendConfig, extend
 from lib.data.manifest import load_manifest
 from lib.storage import Storage
+from lib.watch import predictions
+from lib.watch.labelled import labelled_requests
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,7 +50,18 @@ def _diff(storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
     return views.compare_sets(storage, a, b, asked.pictures)
 
 
-_VERBS = {"list": _list, "show": _show, "diff": _diff}
+def _extend(storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    parent = load_manifest(storage, asked.digest)
+    model = asked.model or Settings.from_env().model
+    now_us = int(time.time() * 1e6)
+    start_us = now_us - int(asked.days * 86400e6)
+    progress("datasets", f"reading the labelled requests to {model} of {asked.days:g} days")
+    found = labelled_requests(storage, model, parent, predictions.joined, start_us, now_us)
+    made = extend(storage, parent, found, ExtendConfig())
+    return views.show_extension(storage, made)
+
+
+_VERBS = {"list": _list, "show": _show, "diff": _diff, "extend": _extend}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,10 +73,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=" | ".join(_VERBS))
-    _, show, diff = (verbs.add_parser(verb, parents=[everywhere]) for verb in _VERBS)
+    _, show, diff, grown = (verbs.add_parser(verb, parents=[everywhere]) for verb in _VERBS)
     show.add_argument("digest", help="or its start")
     diff.add_argument("a", help="digest, or its start")
     diff.add_argument("b", help="digest, or its start")
+    grown.add_argument("digest", help="or its start")
+    grown.add_argument("--days", type=float, default=7, help="of the prediction log (default: 7)")
+    grown.add_argument("--model", help="whose requests (default: the one of RAYLINE_MODEL)")
     for verb in (show, diff):
         verb.add_argument("--pictures", type=Path, metavar="DIR", help="draw there too")
     return parser.parse_args(argv)

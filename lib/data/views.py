@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from lib.data.catalog import catalog, describe, samples
 from lib.data.difference import Difference, Rows, difference, images_of, read_rows
+from lib.data.extend import Extension
 from lib.data.manifest import SPLITS, Manifest
 from lib.data.readers import Images
 from lib.errors import DataError
@@ -45,6 +46,20 @@ def list_sets(storage: Storage) -> dict[str, Any]:
             right=("train", "val", "test", "classes", "size"),
         )
     return {"sets": sets}
+
+
+def show_extension(storage: Storage, made: Extension) -> dict[str, Any]:
+    """Print what became of the labelled requests, then the child; return both as JSON."""
+    print_facts(
+        {
+            "new images": ", ".join(f"{rows:,} {split}" for split, rows in made.rows.items()),
+            "there already": f"{made.num_known:,}",
+            "repeated": f"{made.num_repeated:,}",
+            "contradicting": f"{made.num_contradicting:,}, not used",
+            "of another shape": f"{made.num_unfit:,}, not used",
+        }
+    )
+    return {**made.summary(), "set": show_set(storage, made.manifest, None)}
 
 
 def show_set(storage: Storage, manifest: Manifest, pictures: Path | None) -> dict[str, Any]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from lib.config import Preset, Settings
 from lib.data.direct import read_split
-from lib.data.extend import ExtendConfig, LabelledImages, extend
-from lib.data.manifest import LIVE, Manifest, load_manifest
+from lib.data.extend import ExtendConfig, extend
+from lib.data.manifest import LIVE, load_manifest
 from lib.errors import DataError
 from lib.pipeline import tune_once
 from lib.registry.candidate import mark, parameters, served_champion, withdraw
@@ -26,6 +24,7 @@ from lib.steps import Step, run_step
 from lib.storage import Storage
 from lib.train.experiment import DISCRETE, Parameter
 from lib.train.presets import search_space
+from lib.watch.labelled import Joined, labelled_requests
 from lib.watch.live_gate import judge
 from lib.watch.retrain_record import Record
 
@@ -33,10 +32,6 @@ Result = Mapping[str, Any]
 Rollout = Callable[[Settings, Storage, int, str], Result]
 """Takes settings, storage, version and who; returns how it ended, with `status`. A rollout of that
 version that is under way goes on."""
-Joined = Callable[..., pa.Table]
-"""`lib.watch.predictions.joined`."""
-_SPAN_US = 6 * 3600 * 10**6
-"""Of the log that is read at a time: all images of a week would not fit in memory."""
 _ENDED = ("promoted", "rolled_back", "aborted")
 """How a rollout ends for good; any other status is one to go on with."""
 
@@ -65,17 +60,9 @@ class RetrainSteps:
     def extend(self, champion: Result, start_us: int, end_us: int) -> Step:
         """Make the champion's data set with the labelled requests of that time."""
         parent = load_manifest(self.storage, champion["data_digest"])
-        spans = (
-            self.joined(
-                self.storage,
-                self.settings.model,
-                start_us=start,
-                end_us=min(start + _SPAN_US, end_us),
-                columns=["shadow", "image"],
-            )
-            for start in range(start_us, end_us, _SPAN_US)
+        found = labelled_requests(
+            self.storage, self.settings.model, parent, self.joined, start_us, end_us
         )
-        found = labelled_images(spans, parent)
         inputs = {"parent": parent.digest, "rows": found.digest, "config": asdict(self.config)}
         return run_step(
             self.storage,
@@ -171,24 +158,6 @@ class RetrainSteps:
         bundle = ensure_bundle(self.settings, self.storage, version)
         predictor = load_predictor(self.storage, bundle, read_card(self.storage, bundle))
         return predict_all(predictor, images).argmax(axis=1)
-
-
-def labelled_images(tables: Iterable[pa.Table], parent: Manifest) -> LabelledImages:
-    """Return the images and labels among logged requests; shadows' answers are no requests."""
-    size, num_unfit = int(np.prod(parent.shape)), 0
-    images, labels = [b""], [np.empty(0, dtype=np.int32)]
-    for table in tables:
-        is_known = pc.and_(pc.is_valid(table.column("label")), pc.is_valid(table.column("image")))
-        rows = table.filter(pc.and_(pc.invert(table.column("shadow")), is_known))
-        fitting = rows.filter(pc.equal(pc.binary_length(rows.column("image")), size))
-        num_unfit += rows.num_rows - fitting.num_rows
-        images += fitting.column("image").to_pylist()
-        labels.append(fitting.column("label").to_numpy().astype(np.int32))
-    return LabelledImages(
-        images_NHWC=np.frombuffer(b"".join(images), dtype=np.uint8).reshape(-1, *parent.shape),
-        labels_N=np.concatenate(labels),
-        num_unfit=num_unfit,
-    )
 
 
 def warm(preset: Preset, params: Mapping[str, str]) -> Preset:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from dataclasses import replace
@@ -12,9 +13,13 @@ from PIL import Image
 
 import jobs.datasets
 from lib.data.loader import Split
-from lib.data.manifest import SPLITS, Manifest
+from lib.data.manifest import SPLITS, Manifest, load_manifest
 from lib.storage import Storage
+from lib.watch.labels import LabelLog
+from lib.watch.recorder import Recorder
+from tests.made_set import images_of, made_set
 from tests.unit.data_sets import write_set
+from tests.unit.serving_parts import card
 
 NAMES = ("cat", "dog", "owl")
 RANDOM = np.random.default_rng(0)
@@ -118,3 +123,43 @@ def test_an_unknown_digest_is_answered_with_the_known_ones(
     message = ask(capsys, "show", "zz")[0]["message"]
     assert "no data set" in message
     assert base.digest[:12] in message
+
+
+def test_a_set_is_extended_with_the_requests_that_were_labelled(
+    storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = made_set(storage)
+    height, width, channels = parent.shape
+    version = replace(
+        card(3, channels=channels, name="made"),
+        height=height,
+        width=width,
+        class_names=parent.class_names,
+    )
+    labels = np.arange(90) % 3
+    images = 255 - images_of(labels, 7)
+    recorder = Recorder(storage)
+    answers = np.full((1, 3), 1 / 3, dtype=np.float32)
+    for number, image in enumerate(images):
+        recorder.add(
+            version, image[None], answers, request_id=f"r{number}", caller="day", latency_s=0.1
+        )
+    recorder.close()
+
+    async def give() -> None:
+        log = LabelLog(storage)
+        for number, label in enumerate(labels[:80].tolist()):
+            row = {"request_id": f"r{number}", "index": 0, "label": label, "caller": "day"}
+            await log.add("made", {**row, "class_name": parent.class_names[label]})
+
+    asyncio.run(give())
+    content, said = ask(capsys, "extend", parent.digest[:8], "--model", "made")
+    assert sum(content["rows"].values()) == 80, said
+    child = load_manifest(storage, content["digest"])
+    assert (child.parent, child.counts["test"]) == (parent.digest, parent.counts["test"])
+    assert content["set"]["ancestors"] == [parent.digest]
+    # Again, nothing is new to train on; what is held out is held out again.
+    again, _ = ask(capsys, "extend", child.digest, "--model", "made")
+    assert again["error"] == "TooFewError"
+    known = content["rows"]["train"] + content["rows"]["val"]
+    assert f"{known} are in the data set already" in again["message"]

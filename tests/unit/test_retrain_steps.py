@@ -23,8 +23,9 @@ from lib.train import same_sweep
 from lib.train.presets import preset_experiment
 from lib.train.samplers import Study
 from lib.watch import retrain, retrain_steps
+from lib.watch.labelled import labelled_images
 from lib.watch.retrain_record import DONE, REFUSED
-from lib.watch.retrain_steps import RetrainSteps, labelled_images, warm
+from lib.watch.retrain_steps import RetrainSteps, warm
 from tests.made_set import NAMES, SHAPE, images_of, made_set
 
 MODEL = "kinds"
