@@ -22,6 +22,7 @@ from lib.serving import policy
 from lib.serving.bundle import Card, write_bundle
 from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
+from lib.watch import predictions
 from lib.watch.features import features
 from lib.watch.monitor import Monitor, Options
 from lib.watch.reference import load_reference
@@ -29,18 +30,18 @@ from tests.data_sources import mnist
 
 Images = npt.NDArray[np.uint8]
 
-SCHEMA = pa.schema(
-    [
-        ("time_us", pa.int64()),
-        ("request_id", pa.string()),
-        ("index", pa.int32()),
-        ("version", pa.int32()),
-        ("shadow", pa.bool_()),
-        ("predicted", pa.int32()),
-        ("probabilities", pa.list_(pa.float32())),
-        ("features", pa.list_(pa.float32())),
-    ]
+COLUMNS = (
+    "time_us",
+    "request_id",
+    "index",
+    "version",
+    "shadow",
+    "predicted",
+    "probabilities",
+    "features",
 )
+"""What a monitor reads of the prediction log."""
+SCHEMA = pa.schema([predictions.SCHEMA.field(name) for name in COLUMNS])
 
 
 def digits(split: str) -> tuple[Images, npt.NDArray[np.int64]]:

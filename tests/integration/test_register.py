@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import uuid
@@ -36,8 +34,7 @@ from lib.serving.predictor import TorchPredictor, load_predictor
 from lib.storage import Storage
 from lib.train.loop import Examples, TrainConfig, Trainer
 from lib.train.model import ModelConfig
-
-MNIST = Path(__file__).parents[2] / "lib/data/mnist"
+from tests.data_sources import idx_files, write_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +52,7 @@ class Line:
 @pytest.fixture(scope="module")
 def line(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Line:
     folder = tmp_path_factory.mktemp("register")
-    source = folder / "source"
-    source.mkdir()
-    for part, count in (("train", 3000), ("t10k", 1000)):
-        for kind, header, row_bytes in (
-            ("images-idx3", struct.pack(">IIII", 2051, count, 28, 28), 784),
-            ("labels-idx1", struct.pack(">II", 2049, count), 1),
-        ):
-            name = f"{part}-{kind}-ubyte"
-            with gzip.open(MNIST / f"{name}.gz") as stream:
-                rows = stream.read(len(header) + count * row_bytes)[len(header) :]
-            (source / name).write_bytes(header + rows)
+    source = write_files(folder / "source", idx_files(3000, 1000))
     storage = Storage(str(folder / "storage"))
     manifest = ingest(storage, str(source))
     splits = read_splits(storage, manifest, ["train", "val", "test"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import struct
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,10 +28,10 @@ from lib.train.resources import trial_resources
 from lib.train.search import SweepResult, run_sweep
 from lib.train.trial import EAGER_LATENCY_MS
 from lib.train.work import image_work
+from tests.data_sources import idx_files, write_files
 
 pytestmark = pytest.mark.long
 
-MNIST = Path(__file__).parents[2] / "lib/data/mnist"
 METRICS = ("train_loss", "val_loss", "val_accuracy", "lr", "images_per_s", "num_parameters")
 PRESET = replace(PRESETS["smoke"], num_trials=3, rungs=(1, 3), time_budget_s=300)
 
@@ -47,17 +45,7 @@ class Data:
 @pytest.fixture(scope="module")
 def data(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Data:
     folder = tmp_path_factory.mktemp("search")
-    source = folder / "source"
-    source.mkdir()
-    for part, count in (("train", 3000), ("t10k", 500)):
-        for kind, header, row_bytes in (
-            ("images-idx3", struct.pack(">IIII", 2051, count, 28, 28), 784),
-            ("labels-idx1", struct.pack(">II", 2049, count), 1),
-        ):
-            name = f"{part}-{kind}-ubyte"
-            with gzip.open(MNIST / f"{name}.gz") as stream:
-                rows = stream.read(len(header) + count * row_bytes)[len(header) :]
-            (source / name).write_bytes(header + rows)
+    source = write_files(folder / "source", idx_files(3000, 500))
     storage = Storage(str(folder / "storage"))
     return Data(storage=storage, manifest=ingest(storage, str(source)))
 
