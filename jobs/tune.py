@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument(
         "--search",
         metavar="SAMPLER[/SCHEDULER]",
-        help="random, grid, sobol, tpe, cmaes or gp / asha, hyperband, medianstopping, pbt or "
-        "none; tpe/asha if left out",
+        help="random, grid, sobol, tpe, cmaes or gp / asha, hyperband, medianstopping or none, or "
+        "random/pbt; tpe/asha if left out",
     )
     parser.add_argument("--seed", type=int, help="of the sampler and of training; 0 if left out")
     parser.add_argument("--experiment", metavar="FILE", help="Katib's, kubeflow.org/v1beta1")

@@ -64,6 +64,8 @@ SETTINGS: dict[str, dict[str, _Setting]] = {
 """Scheduler → its settings, as Katib or Tune call them → Tune's argument and its type."""
 SCHEDULERS = tuple(SETTINGS)
 _REPLAYED = ("asha", "medianstopping")
+_UNLEARNED = ("random", "sobol", "grid")
+"""Samplers that do not look at results."""
 
 
 class AtRungs(TrialScheduler):
@@ -77,6 +79,7 @@ class AtRungs(TrialScheduler):
         self._inner = inner
         self._progress = progress
         self._replay = name in _REPLAYED
+        self._mutates = name == "pbt"
         self._shown: set[str] = set()
         self._past = [trial for trial in progress.trials.values() if self._replay]
 
@@ -100,7 +103,7 @@ class AtRungs(TrialScheduler):
         for state in past:
             if state.ended is not None:
                 self._show(tune_controller, _Past(state), state, over=True)
-        self._inner.on_trial_add(tune_controller, trial)
+        self._inner.on_trial_add(_Unsearched() if self._mutates else tune_controller, trial)
         mine = self._progress.of_attempt(trial.trial_id)
         # A trial whose process died is added again, and was seen before.
         if self._replay and mine and trial.trial_id not in self._shown:
@@ -148,6 +151,16 @@ class AtRungs(TrialScheduler):
             self._inner.on_trial_result(controller, trial, result)
 
 
+class _Unsearched:
+    """A controller as population-based training takes one when a trial is added.
+
+    Tune's refuses every searcher, since most would learn wrong things from configurations that
+    change; `scheduler_of` refuses those that learn.
+    """
+
+    search_alg = None
+
+
 class _Past:
     """A trial that ended under an earlier driver, as far as schedulers look at one."""
 
@@ -165,6 +178,11 @@ def scheduler_of(experiment: Experiment) -> Named:
     if name not in SETTINGS:
         known = ", ".join(sorted({*SCHEDULERS, *ALIASES}))
         raise ConfigError(f"unknown scheduler {named.name!r}; choose one of {known}")
+    if name == "pbt" and experiment.algorithm.name not in _UNLEARNED:
+        raise ConfigError(
+            f"pbt changes configurations while they train, from which {experiment.algorithm.name} "
+            f"would learn wrong things; choose {', '.join(f'{s}/pbt' for s in _UNLEARNED)}"
+        )
     return Named(name, named.settings)
 
 

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.experiment import Trial
+from ray.tune.search.search_generator import SearchGenerator
 
 from lib.config import PRESETS
 from lib.errors import ConfigError, SearchError, StorageError
@@ -48,6 +50,7 @@ from lib.train.progress import (
 from lib.train.report import Limits
 from lib.train.samplers import SAMPLERS, Study
 from lib.train.schedulers import SCHEDULERS, build_scheduler, rung_counts, scheduler_of
+from lib.train.searcher import StudySearcher
 from lib.train.space import Space
 
 EXPERIMENT = Experiment(
@@ -230,9 +233,15 @@ def test_every_kind_of_parameter_is_drawn_in_its_range_and_found_back(parameter:
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_is_built_by_name(storage: Storage, name: str) -> None:
-    experiment = preset_experiment(PRESETS["full"], scheduler=name)
-    _, progress, _ = progress_of(storage, experiment)
-    build_scheduler(experiment, progress, num_rungs=3, fixed=frozenset({"depth"}))
+    experiment = preset_experiment(PRESETS["full"], sampler="random", scheduler=name)
+    _, progress, study = progress_of(storage, experiment)
+    built = build_scheduler(experiment, progress, num_rungs=3, fixed=frozenset({"depth"}))
+    # A trial comes from our searcher, as Tune wraps it.
+    controller = SimpleNamespace(
+        search_alg=SearchGenerator(StudySearcher(study, progress, 1)), get_trials=lambda: []
+    )
+    trial = Trial("nothing", config=dict(study.ask()[1]), stub=True)
+    built.on_trial_add(controller, trial)
 
 
 def test_rungs_are_those_of_the_scheduler() -> None:
@@ -252,12 +261,13 @@ def test_rungs_are_those_of_the_scheduler() -> None:
         (Named("lucky"), "unknown scheduler 'lucky'"),
         (Named("asha", {"brackets": 2}), "asha has no setting 'brackets'"),
         (Named("asha", {"max_t": 2}), "max_t follow from the rungs"),
+        (Named("pbt"), "tpe would learn wrong things; choose random/pbt"),
     ],
 )
 def test_what_cannot_be_scheduled_is_refused_by_name(
     storage: Storage, named: Named, message: str
 ) -> None:
-    experiment = replace(SMOOTH, early_stopping=named)
+    experiment = replace(SMOOTH, algorithm=Named("tpe"), early_stopping=named)
     _, progress, _ = progress_of(storage, experiment)
     with pytest.raises(ConfigError, match=message):
         build_scheduler(experiment, progress, num_rungs=3, fixed=frozenset())
