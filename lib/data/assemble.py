@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +21,7 @@ from lib.data.checks import (
 )
 from lib.data.manifest import SPLITS, Manifest, Preprocess
 from lib.data.readers import Shape
-from lib.data.shards import ChunkResult, split_digest
+from lib.data.shards import ChunkResult, PixelSums, split_digest
 from lib.data.sources import Opened, Source, SplitRows
 from lib.data.splits import Targets, split_train
 
@@ -110,9 +113,8 @@ def build_manifest(
     targets = np.concatenate([part.targets for part in assigned])
     chosen = {split: targets == index for index, split in enumerate(SPLITS)}
     split_digests = {split: split_digest(ids[rows], labels[rows]) for split, rows in chosen.items()}
-    mean, std = _pixel_statistics(results)
-    border_sum = sum(result.border_sum for result in results)
-    border_count = max(1, sum(result.border_count for result in results))
+    sums = functools.reduce(operator.add, (result.sums for result in results))
+    mean, square = sums.moments()
     return Manifest(
         digest=content_digest(opened.shape, opened.class_names, split_digests),
         source=source.name,
@@ -127,10 +129,10 @@ def build_manifest(
         },
         split_digests=split_digests,
         pixel_mean=mean,
-        pixel_std=std,
+        pixel_std=deviation(mean, square),
         preprocess=Preprocess(
             mode="L" if opened.shape[2] == 1 else "RGB",
-            fill=tuple(int(value) for value in np.rint(border_sum / border_count)),
+            fill=_border_colour(sums),
         ),
         shards=tuple(shard for result in results for shard in result.shards),
         seed=config.seed,
@@ -151,13 +153,16 @@ def content_digest(
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _pixel_statistics(
-    results: Sequence[ChunkResult],
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation per channel, from exact counts: the same in any order."""
-    histogram = np.sum([result.histogram for result in results], axis=0)
-    values = np.arange(256) / 255.0
-    weights = histogram / histogram.sum(axis=1, keepdims=True)
-    mean = weights @ values
-    variance = (weights * (values[np.newaxis] - mean[:, np.newaxis]) ** 2).sum(axis=1)
-    return tuple(mean.tolist()), tuple(np.sqrt(variance).tolist())
+def deviation(mean_C: Sequence[float], square_C: Sequence[float]) -> tuple[float, ...]:
+    """Return the standard deviation per channel from mean and mean square."""
+    return tuple(
+        math.sqrt(max(square - mean**2, 0.0)) for mean, square in zip(mean_C, square_C, strict=True)
+    )
+
+
+def _border_colour(sums: PixelSums) -> tuple[int, ...]:
+    """Return the mean colour of the outermost pixels, what a picture is padded with."""
+    border = np.ones(sums.values_HWC.shape[:2], dtype=np.bool_)
+    border[1:-1, 1:-1] = False
+    border_C = sums.values_HWC[border].sum(axis=0) / max(1, sums.rows * int(border.sum()))
+    return tuple(int(value) for value in np.rint(border_C))

@@ -104,7 +104,8 @@ def _checked_shards(storage: Storage, manifest: Manifest, split: str) -> Iterato
 
 def byte_rows(column: pa.ChunkedArray, width: int) -> Images:
     """Return a fixed-size binary column as rows of bytes."""
-    values = column.combine_chunks()
+    # One chunk is the usual case of a shard: combining it would copy it.
+    values = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     start = values.offset * width
     content = np.frombuffer(values.buffers()[1], dtype=np.uint8)
     return content[start : start + len(values) * width].reshape(-1, width)

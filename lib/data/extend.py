@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from lib.data.assemble import content_digest
+from lib.data.assemble import content_digest, deviation
 from lib.data.checks import ROW_ID_BYTES, Labels, RowIds, find_duplicates
 from lib.data.direct import byte_rows, read_shard
 from lib.data.manifest import LIVE, SPLITS, Manifest, Shard, manifest_path
 from lib.data.readers import Images
 from lib.data.shards import (
     chunk_rows,
-    count_values,
+    pixel_sums,
     row_ids,
     split_digest,
     store_shard,
@@ -287,15 +287,9 @@ def _statistics(
     """Return the parent's mean and deviation per channel with the new train rows mixed in."""
     weight = len(images) * repeats
     total = parent.rows("train") + weight
-    values = np.arange(256) / 255.0
-    means, stds = [], []
-    for channel in range(parent.channels):
-        counts = count_values(images[..., channel])
-        mean, square = (counts @ values) / counts.sum(), (counts @ values**2) / counts.sum()
-        old_mean, old_std = parent.pixel_mean[channel], parent.pixel_std[channel]
-        old_square = old_std**2 + old_mean**2
-        mixed = (old_mean * (total - weight) + mean * weight) / total
-        mixed_square = (old_square * (total - weight) + square * weight) / total
-        means.append(float(mixed))
-        stds.append(float(np.sqrt(max(mixed_square - mixed**2, 0.0))))
-    return tuple(means), tuple(stds)
+    share = weight / total
+    mean_C, square_C = (np.array(moment) for moment in pixel_sums(images).moments())
+    old_mean_C, old_std_C = np.array(parent.pixel_mean), np.array(parent.pixel_std)
+    mixed_C = (1 - share) * old_mean_C + share * mean_C
+    mixed_square_C = (1 - share) * (old_std_C**2 + old_mean_C**2) + share * square_C
+    return tuple(mixed_C.tolist()), deviation(mixed_C.tolist(), mixed_square_C.tolist())

@@ -103,7 +103,8 @@ class AtRungs(TrialScheduler):
         for state in past:
             if state.ended is not None:
                 self._show(tune_controller, _Past(state), state, over=True)
-        self._inner.on_trial_add(_Unsearched() if self._mutates else tune_controller, trial)
+        controller: Any = _Unsearched() if self._mutates else tune_controller
+        self._inner.on_trial_add(controller, trial)
         mine = self._progress.of_attempt(trial.trial_id)
         # A trial whose process died is added again, and was seen before.
         if self._replay and mine and trial.trial_id not in self._shown:

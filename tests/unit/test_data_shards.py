@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib.data.readers import RawReader
-from lib.data.shards import Chunk, chunk_rows, process_chunk, row_ids
+from lib.data.shards import Chunk, chunk_rows, pixel_sums, process_chunk, row_ids
 from lib.errors import StorageError
 from lib.storage import Storage
 
@@ -50,10 +50,17 @@ def test_statistics_are_of_the_train_rows(chunk: tuple[Storage, Chunk, np.ndarra
     storage, made, images = chunk
     result = process_chunk(storage, made)
     train = images[made.targets == 0].astype(np.int64)
-    assert np.array_equal(result.histogram @ np.arange(256), train.sum(axis=(0, 1, 2)))
-    inner = train[:, 1:-1, 1:-1]
-    assert np.array_equal(result.border_sum, train.sum(axis=(0, 1, 2)) - inner.sum(axis=(0, 1, 2)))
-    assert result.border_count == 40 * (4 * 5 - 2 * 3)
+    assert result.sums.rows == len(train) == 40
+    assert np.array_equal(result.sums.values_HWC, train.sum(axis=0))
+    mean, square = result.sums.moments()
+    assert mean == pytest.approx((train / 255).mean(axis=(0, 1, 2)))
+    assert square == pytest.approx(((train / 255) ** 2).mean(axis=(0, 1, 2)))
+    assert result.sums.moments() == (result.sums + pixel_sums(images[:0])).moments()
+
+
+def test_sums_of_many_bright_images_do_not_overflow() -> None:
+    images = np.full((9000, 40, 40, 3), 255, dtype=np.uint8)
+    assert pixel_sums(images).moments() == ((1.0,) * 3, (1.0,) * 3)
 
 
 def test_the_same_chunk_again_writes_nothing(chunk: tuple[Storage, Chunk, np.ndarray]) -> None:
