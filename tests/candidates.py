@@ -1,8 +1,8 @@
 """Versions that are worse than the champion in one way: one trained on wrong labels, the others as
 ONNX graphs around the champion's own.
 
-What fails or errs in these does so on marked images alone, whose first pixel is white, so that a test says
-when it begins, and no hook is needed in what is tested.
+What fails or errs in these does so on marked images alone, whose first pixel is white, so that a
+test says when it begins, and no hook is needed in what is tested.
 """
 
 from __future__ import annotations
