@@ -3,10 +3,12 @@
 python -m jobs.monitor --once
 python -m jobs.monitor --every 30 --act
 python -m jobs.monitor --every 30 --act --schedule-h 168 --new-labels 2000
+python -m jobs.monitor --every 30 --act --preset full --steps 10,50,100   # of what it starts
 python -m jobs.monitor --provision   # dashboards into the Grafana of GRAFANA_URL, GRAFANA_TOKEN
 
 Reads the prediction log, writes watch/<model>/state.json under the storage root. However it ends,
-started again it goes on where it was. With --act it starts `jobs.retrain`, within a budget.
+started again it goes on where it was. With --act it starts `jobs.retrain`, within a budget, and
+retrains and rollouts whose process was killed go on.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from typing import Any
 from lib.cli import progress, run
 from lib.config import Settings
 from lib.storage import Storage
-from lib.watch import predictions
+from lib.watch import predictions, retrain_asked
 from lib.watch.display import show, summary
 from lib.watch.gauges import connect
 from lib.watch.grafana import GrafanaSettings, provision
+from lib.watch.interrupted import Interrupted
 from lib.watch.monitor import AWAY, Monitor, Options
 from lib.watch.reported import MONITOR, of_monitor
 from lib.watch.retrains import RetrainJobs
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
         storage=storage,
         model=settings.model,
         log=predictions,
-        retrains=RetrainJobs(settings, storage),
+        retrains=RetrainJobs(settings, storage, retrain_asked.asked(asked)),
+        interrupted=Interrupted(settings=settings, storage=storage),
         acts=asked.act,
         options=Options(rules=rules),
     )
@@ -82,6 +86,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cool-down-s", type=float, default=Rules().cool_down_s)
     parser.add_argument("--schedule-h", type=float, help="train again when it was so long ago")
     parser.add_argument("--new-labels", type=int, help="train again for so many new labels")
+    retrain_asked.add_arguments(parser)
     return parser.parse_args(argv)
 
 

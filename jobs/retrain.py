@@ -2,6 +2,7 @@
 
 python -m jobs.submit retrain
 python -m jobs.submit retrain --reason "new camera" --preset full --days 2
+python -m jobs.submit retrain --steps 10,50,100 --min-requests 500   # of its rollout
 python -m jobs.submit retrain --resume 20261125T094500-1f0c2a
 """
 
@@ -16,10 +17,10 @@ import ray
 
 from lib import provenance
 from lib.cli import run
-from lib.config import PRESETS, Settings, preset
+from lib.config import Settings, preset
 from lib.serving.keys import name_of_caller
 from lib.storage import Storage
-from lib.watch import predictions, retrain
+from lib.watch import predictions, retrain, retrain_asked
 from lib.watch.hand_over import hand_over
 from lib.watch.retrain_record import read
 from lib.watch.retrain_steps import RetrainSteps
@@ -33,9 +34,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--reason", default="person", help="kept on record and on the version")
-    parser.add_argument("--preset", default="quick", choices=sorted(PRESETS))
-    parser.add_argument("--days", type=float, default=retrain.WINDOW_DAYS, help="of live requests")
     parser.add_argument("--resume", metavar="ID", help="go on with a retrain that was killed")
+    retrain_asked.add_arguments(parser)
     arguments = parser.parse_args()
 
     def job() -> dict[str, Any]:
@@ -44,7 +44,7 @@ def main() -> None:
         if arguments.resume:
             record = read(storage, settings.model, arguments.resume)
         else:
-            options = retrain.Options(preset=arguments.preset, days=arguments.days)
+            options = retrain_asked.asked(arguments)
             caller = name_of_caller(storage, os.environ.get("RAYLINE_API_KEY"))
             who = caller or provenance.current().owner or "unknown"
             record = retrain.begin(

@@ -20,12 +20,11 @@ from typing import Any
 from lib import provenance
 from lib.cli import run
 from lib.config import Settings
-from lib.errors import ConfigError
 from lib.serving.keys import name_of_caller
 from lib.storage import Storage
 from lib.watch import live
 from lib.watch.gauges import connect
-from lib.watch.rollout_state import Options
+from lib.watch.rollout_state import USUAL_STEPS, Options, read_steps
 
 
 def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("version", type=int, nargs="?", help="the candidate's number")
-    parser.add_argument("--steps", default="1,5,25,50,100", help="its shares, in percent")
+    parser.add_argument("--steps", default=USUAL_STEPS, help="its shares, in percent")
     parser.add_argument(
         "--min-requests", type=int, default=200, help="answers of it in each step, at least"
     )
@@ -56,14 +55,8 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
         return live.abort(settings, storage, who=who)
     if arguments.resume:
         return live.go_on(settings, storage, who=who, gauges=connect())
-    try:
-        steps = tuple(float(step) for step in arguments.steps.split(","))
-    except ValueError:
-        raise ConfigError(
-            f"--steps {arguments.steps}: give percentages, such as 5,50,100"
-        ) from None
     options = Options(
-        steps=steps,
+        steps=read_steps(arguments.steps),
         min_requests=arguments.min_requests,
         stage_timeout_s=arguments.step_timeout,
         who=who,

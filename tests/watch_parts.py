@@ -164,6 +164,18 @@ class FakeRetrains:
         return self.entries
 
 
+@dataclass
+class FakeInterrupted:
+    """What was killed and waits to go on."""
+
+    names: list[str] = field(default_factory=list)
+    asked: int = 0
+
+    def go_on(self) -> str | None:
+        self.asked += 1
+        return self.names.pop() if self.names else None
+
+
 @functools.cache
 def linear_model() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Weights and bias of a model that needs no training: least squares on 8,000 digits."""
@@ -306,6 +318,7 @@ class Line:
     bundles: dict[int, str]
     log: FakeLog
     retrains: FakeRetrains
+    interrupted: FakeInterrupted = field(default_factory=FakeInterrupted)
     now_s: float = NOW
 
     def monitor(self, *, acts: bool = False, **options: Any) -> Monitor:
@@ -314,6 +327,7 @@ class Line:
             model="digits",
             log=self.log,
             retrains=self.retrains,
+            interrupted=self.interrupted,
             acts=acts,
             options=Options(**options),
             clock=lambda: self.now_s,

@@ -208,6 +208,23 @@ def abort(settings: Settings, storage: Storage, *, who: str) -> Mapping[str, Any
     return {"model": state.model, "candidate": state.candidate, "status": state.status}
 
 
+def interrupted(storage: Storage, model: str) -> State | None:
+    """Return the rollout that is under way and that nobody runs: its process was killed.
+
+    On object stores there are no locks to tell, so none is found there.
+    """
+    state = states.load(storage, model)
+    if state is None or state.status in states.ENDED or not storage.is_local:
+        return None
+    try:
+        with _alone(storage, model):
+            # It may have ended while we looked.
+            state = states.load(storage, model)
+    except RolloutError:
+        return None
+    return state if state and state.status not in states.ENDED else None
+
+
 def max_disagreement(storage: Storage, world: Live, candidate: int) -> float:
     """Return how often candidate and champion may disagree: if they do, one of them is wrong."""
     cards = [

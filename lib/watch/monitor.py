@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
@@ -23,6 +23,7 @@ from lib.watch import memory as memories
 from lib.watch import quality, triggers, view
 from lib.watch.drift import Reference
 from lib.watch.memory import Memory, Recalled
+from lib.watch.monitor_world import Interrupted, Log, Retrains
 from lib.watch.reference import load_reference, reference_key
 from lib.watch.rows import QUALITY_COLUMNS, quality_rows
 from lib.watch.sequence import Evidence
@@ -33,50 +34,6 @@ AWAY = (RaylineError, OSError, pa.ArrowException)
 """What reading the log raises while it, or the storage below it, is away."""
 _SERIES = ("end", "rows", "score", "p_value", "alarm")
 _SERIES_LOOKS = 240
-
-
-class Log(Protocol):
-    """The prediction log: `lib.watch.predictions`. Rows have start_us ≤ time_us < end_us."""
-
-    def read(
-        self,
-        storage: Storage,
-        model: str,
-        *,
-        start_us: int,
-        end_us: int,
-        columns: Sequence[str] | None = None,
-    ) -> pa.Table:
-        """Return what was answered, sorted by time."""
-        ...
-
-    def joined(
-        self,
-        storage: Storage,
-        model: str,
-        *,
-        start_us: int,
-        end_us: int,
-        columns: Sequence[str] | None = None,
-    ) -> pa.Table:
-        """Return what was answered, with the labels that are known."""
-        ...
-
-    def read_labels(self, storage: Storage, model: str, *, start_us: int, end_us: int) -> pa.Table:
-        """Return the labels that came."""
-        ...
-
-
-class Retrains(Protocol):
-    """Retrains of the model: `lib.watch.retrain`."""
-
-    def start(self, reason: str) -> Any:
-        """Start one and return what names it."""
-        ...
-
-    def history(self) -> Sequence[Mapping[str, Any]]:
-        """Return those that there were, oldest first, with the Unix time each `started`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,8 +56,9 @@ class Monitor:
     model: str
     log: Log
     retrains: Retrains
+    interrupted: Interrupted
     acts: bool = False
-    """Whether it starts retrains, or only says when it would."""
+    """Whether it starts retrains and lets what was killed go on, or only says when it would."""
     options: Options = field(default_factory=Options)
     clock: Callable[[], float] = time.time
     _reference: tuple[Any, Reference] | None = field(default=None, init=False)
@@ -275,6 +233,8 @@ class Monitor:
         return int(labels.num_rows)
 
     def _decide(self, signs: Signs, now_s: float, state: dict[str, Any]) -> None:
+        if self.acts:
+            state["went_on"] = self._go_on()
         history = self.retrains.history()
         times = [float(entry["started"]) for entry in history]
         decision = triggers.decide(signs, self.options.rules, times, now_s=now_s)
@@ -282,6 +242,16 @@ class Monitor:
         state["retrains"] = [dict(entry) for entry in history[-20:]]
         if decision.retrain and self.acts:
             state["trigger"] |= self._start(decision)
+
+    def _go_on(self) -> str | None:
+        try:
+            name = self.interrupted.go_on()
+        except AWAY as error:
+            progress("monitor", f"{self.model}: what was killed does not go on – {_said(error)}")
+            return None
+        if name:
+            progress("monitor", f"{self.model}: {name} was killed and goes on")
+        return name
 
     def _start(self, decision: Decision) -> dict[str, Any]:
         progress("monitor", f"{self.model}: starting a retrain – {decision.reason}")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from lib import provenance
@@ -21,25 +21,13 @@ from lib.steps import Step
 from lib.storage import Storage
 from lib.watch import retrain_record as records
 from lib.watch.lineage import of_retrain, write_graph
-from lib.watch.retrain_record import DONE, FAILED, REFUSED, RUNNING, Record, StepRecord
+from lib.watch.retrain_asked import Options
+from lib.watch.retrain_record import DONE, FAILED, REFUSED, Record, StepRecord
 
-WINDOW_DAYS = 7.0
-"""Of how many days labelled requests are learned from."""
+MOST_ATTEMPTS = 5
+"""Processes that may die in one step before a retrain does not go on by itself any more."""
 
 Result = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """What a retrain can be asked for."""
-
-    preset: str = "quick"
-    days: float = WINDOW_DAYS
-
-    def __post_init__(self) -> None:
-        """Refuse a window without an extent."""
-        if not self.days > 0:
-            raise RetrainError(f"days={self.days} must be positive")
 
 
 class Steps(Protocol):
@@ -91,7 +79,7 @@ def begin(
         reason,
         who=who,
         start_us=int((now - options.days * 86400) * 1e6),
-        options={"preset": options.preset, "days": options.days},
+        options=options.to_json(),
         now=now,
     )
     records.write(storage, record)
@@ -108,7 +96,8 @@ def run(storage: Storage, record: Record, steps: Steps) -> Record:
         record = records.read(storage, record.model, record.id)
         if record.state in (DONE, REFUSED):
             return record
-        record = replace(record, state=RUNNING, why="", ended=None)
+        record = record.taken_up()
+        records.write(storage, record)
         work = _Run(storage, record, steps)
         try:
             return work.go()
@@ -117,6 +106,10 @@ def run(storage: Storage, record: Record, steps: Steps) -> Record:
             raise
         except RaylineError as error:
             work.end(FAILED, str(error))
+            raise
+        except (KeyboardInterrupt, SystemExit):
+            # Whoever ends its job does not want that it goes on by itself.
+            work.end(FAILED, "its process was told to end")
             raise
         except Exception as error:
             work.end(FAILED, f"{type(error).__name__}: {error}")
@@ -136,30 +129,65 @@ def start(
 
     Raises RetrainError if one of the model is under way, LineError if Ray does not take the job.
     """
+    if (interrupted := go_on(settings, storage, submit=submit)) is not None:
+        return interrupted
+    with records.only_one(storage, settings.model):
+        if (starting := records.starting(storage, settings.model)) is not None:
+            raise RetrainError(f"retrain {starting} of {settings.model} is about to begin")
+        owner = who or provenance.current().owner or "unknown"
+        record = begin(storage, settings.model, reason, who=owner, options=options)
+    try:
+        (submit or _submit)(settings, record.id)
+    except RaylineError as error:
+        records.write(storage, records.ended(record, FAILED, str(error)))
+        raise
+    return record.id
+
+
+def go_on(
+    settings: Settings,
+    storage: Storage,
+    *,
+    submit: Callable[[Settings, str], None] | None = None,
+) -> str | None:
+    """Let a retrain that was killed go on, as a Ray job; return its id, None if there is none.
+
+    One whose process has died too often in the same step is given up.
+
+    Raises RetrainError if another process takes it up, LineError if Ray does not take the job.
+    """
     retrain_id = records.interrupted(storage, settings.model)
     if retrain_id is None:
-        with records.only_one(storage, settings.model):
-            if (starting := records.starting(storage, settings.model)) is not None:
-                raise RetrainError(f"retrain {starting} of {settings.model} is about to begin")
-            owner = who or provenance.current().owner or "unknown"
-            record = begin(storage, settings.model, reason, who=owner, options=options)
-        retrain_id = record.id
+        return None
+    with records.only_one(storage, settings.model):
+        record = records.read(storage, settings.model, retrain_id)
+        if record.attempts >= MOST_ATTEMPTS:
+            why = f"its process died {record.attempts} times in the same step"
+            records.write(storage, records.ended(record, FAILED, why))
+            progress("retrain", f"{retrain_id} is given up: {why}")
+            return None
+        records.write(storage, replace(record, asked=time.time()))
     try:
         (submit or _submit)(settings, retrain_id)
-    except RaylineError as error:
-        record = records.read(storage, settings.model, retrain_id)
-        records.write(storage, records.ended(record, FAILED, str(error)))
+    except RaylineError:
+        # It is as interrupted as before: the next call tries again.
+        records.write(storage, record)
         raise
     return retrain_id
 
 
 def _submit(settings: Settings, retrain_id: str) -> None:
+    submit_for(settings, ["-m", "jobs.retrain", "--resume", retrain_id])
+
+
+def submit_for(settings: Settings, arguments: Sequence[str]) -> None:
+    """Send `python ARGUMENTS`, about the model of the settings, to Ray; raise LineError."""
     from lib.line.layout import Line
     from lib.line.submission import submit_job
 
     submit_job(
         Line.from_env(os.environ),
-        ["-m", "jobs.retrain", "--resume", retrain_id],
+        arguments,
         # Inside a job there is no checkout to read the commit from: pass on what is known.
         env={
             "RAYLINE_MODEL": settings.model,

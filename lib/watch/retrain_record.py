@@ -22,8 +22,9 @@ RUNNING, DONE, REFUSED, FAILED = "running", "done", "refused", "failed"
 """Of a retrain. Done: the candidate was handed to its rollout, and that ended. Refused: there was
 too little to learn from, or a gate said no. Failed: an error; it can be resumed."""
 
+_RETRAIN = ", retrain "
 STARTING_S = 120.0
-"""A retrain that has not looked up the champion yet may be waiting for its process this long."""
+"""A process that was asked for may take this long until it takes its retrain up."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +59,10 @@ class Record:
     state: str = RUNNING
     why: str = ""
     """Of what was refused or failed: one sentence."""
+    asked: float | None = None
+    """When a process was asked for to take it up; None once one has."""
+    attempts: int = 0
+    """Processes that took it up since a step of it was last done."""
     start_us: int
     """Requests from this time …"""
     end_us: int
@@ -67,6 +72,11 @@ class Record:
     champion: Mapping[str, Any] = field(default_factory=dict)
     """Version served when it began: its data set is extended, its parameters are tried first."""
     steps: tuple[StepRecord, ...] = ()
+
+    @property
+    def by(self) -> str:
+        """Who acts where this retrain does, for histories."""
+        return f"{self.who}{_RETRAIN}{self.id}"
 
     def step(self, name: str) -> StepRecord | None:
         """Return a step that has begun."""
@@ -80,7 +90,12 @@ class Record:
 
     def finished(self, step: StepRecord) -> Record:
         """Return the record with the last step as it ended."""
-        return replace(self, steps=(*self.steps[:-1], step))
+        return replace(self, attempts=0, steps=(*self.steps[:-1], step))
+
+    def taken_up(self) -> Record:
+        """Return the record as the process writes it that now works on it."""
+        attempts = self.attempts + 1
+        return replace(self, state=RUNNING, why="", ended=None, asked=None, attempts=attempts)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON types."""
@@ -91,6 +106,11 @@ class Record:
         """Rebuild a record from its JSON."""
         steps = tuple(StepRecord(**step) for step in content["steps"])
         return cls(**{**content, "steps": steps})
+
+
+def is_of_a_retrain(who: str) -> bool:
+    """Whether it was a retrain that acted, and not a person."""
+    return _RETRAIN in who
 
 
 def new(
@@ -104,6 +124,7 @@ def new(
         reason=reason,
         who=who,
         started=now,
+        asked=now,
         start_us=start_us,
         end_us=int(now * 1e6),
         options=options,
@@ -151,7 +172,7 @@ def starting(storage: Storage, model: str) -> str | None:
     """Return a retrain that is on record and that its process has not taken up yet."""
     since = time.time() - STARTING_S
     for record in reversed(history(storage, model)):
-        if record.state == RUNNING and not record.champion and record.started > since:
+        if record.state == RUNNING and record.asked is not None and record.asked > since:
             return record.id
     return None
 

@@ -24,13 +24,15 @@ from lib.steps import Step, run_step
 from lib.storage import Storage
 from lib.train.experiment import DISCRETE, Parameter
 from lib.train.presets import search_space
+from lib.watch import rollout_state
 from lib.watch.labelled import Joined, labelled_requests
 from lib.watch.live_gate import judge
+from lib.watch.retrain_asked import Options
 from lib.watch.retrain_record import Record
 
 Result = Mapping[str, Any]
-Rollout = Callable[[Settings, Storage, int, str], Result]
-"""Takes settings, storage, version and who; returns how it ended, with `status`. A rollout of that
+Rollout = Callable[[Settings, Storage, int, rollout_state.Options], Result]
+"""Takes settings, storage, version and how; returns how it ended, with `status`. A rollout of that
 version that is under way goes on."""
 _ENDED = ("promoted", "rolled_back", "aborted")
 """How a rollout ends for good; any other status is one to go on with."""
@@ -131,12 +133,13 @@ class RetrainSteps:
 
     def rollout(self, candidate: Result, record: Record) -> Step:
         """Hand the version over; what it came to is kept once it has ended."""
-        number, who = int(candidate["version"]), f"{record.who}, retrain {record.id}"
+        number = int(candidate["version"])
+        how = Options.from_json(record.options).rollout(record.by)
         return run_step(
             self.storage,
             "rollout",
             {"model": self.settings.model, "version": number, "run_id": candidate["run_id"]},
-            lambda: self.rollout_of(self.settings, self.storage, number, who),
+            lambda: self.rollout_of(self.settings, self.storage, number, how),
             lambda result: result.get("status") in _ENDED,
         )
 

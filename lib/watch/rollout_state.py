@@ -25,6 +25,7 @@ FINAL = (ROLLED_BACK, ABORTED, PROMOTED)
 REPLAY, SHADOW = "replay", "shadow"
 _CANARY = "canary-"
 MAX_EVENTS = 200
+USUAL_STEPS = "1,5,25,50,100"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +118,7 @@ class State:
 class Options:
     """How a rollout goes."""
 
-    steps: tuple[float, ...] = (1, 5, 25, 50, 100)
+    steps: tuple[float, ...] = tuple(float(step) for step in USUAL_STEPS.split(","))
     """Shares of the candidate, in percent."""
     min_requests: int = 200
     """Answers of the candidate in each stage, before it can pass."""
@@ -141,6 +142,14 @@ class Options:
     def stages(self) -> tuple[str, ...]:
         """Names of the stages."""
         return (REPLAY, SHADOW, *(f"{_CANARY}{step:g}" for step in self.steps))
+
+
+def read_steps(text: str) -> tuple[float, ...]:
+    """Read shares as a command line gives them; raise ConfigError if they are no numbers."""
+    try:
+        return tuple(float(step) for step in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--steps {text}: give percentages, such as 5,50,100") from None
 
 
 def share(stage: str) -> float:

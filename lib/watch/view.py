@@ -7,7 +7,7 @@ disagreement: [{shadow, answered_by, disagreed, …}]
 drift: {score, p_value, alarm, window_alarm, moved, shifts, heat_map, classes, kinds, evidence,
         block, …}                                          of the newest window
 history: [{time, versions, drift}]                         oldest first
-trigger: {retrain, triggers, reason}, retrains: […]
+trigger: {retrain, triggers, reason}, retrains: […], went_on: what was killed and goes on, or null
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ python -m tests.bench soak --seconds 600
 python -m tests.bench autoscaling --seconds 40
 python -m tests.bench backpressure --seconds 10
 python -m tests.bench large --rows 7000000
+python -m tests.bench watching --rounds 10 --seconds 6
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 PARTS = ("ingest", "training", "search", "serving")
 """What is measured if nothing is named."""
-LONG_PARTS = ("soak", "autoscaling", "backpressure", "large")
+LONG_PARTS = ("soak", "autoscaling", "backpressure", "watching", "large")
 _ROOT = Path(__file__).parents[2]
 
 
@@ -130,6 +131,7 @@ def _minutes(chosen: list[str], options: Any) -> float:
         "autoscaling": 60 + 5 * options.seconds,
         "backpressure": 60 + 4 * (options.seconds + 2),
         "large": 60 + options.rows / 15_000,
+        "watching": 150 + options.rounds * 6 * (options.seconds + 5),
         "serving": 150 + options.rounds * 24 * (options.seconds + 2),
     }
     return sum(seconds[part] for part in chosen) / 60

@@ -67,10 +67,12 @@ class System:
 
 
 @contextmanager
-def rayline(folder: Path) -> Iterator[list[System]]:
+def rayline(
+    folder: Path, change_env: Callable[[dict[str, str]], dict[str, str]] = dict
+) -> Iterator[list[System]]:
     """Deploy the real gateway and versions on a head of the line's, a model in each placement."""
     line = _ours(folder, make_line(folder / "ours", OURS_PORT))
-    with running(line, "ray"):
+    with running(line, "ray", change_env):
         say("serving: deploying rayline")
         _deploy_rayline(line)
         yield [
@@ -82,14 +84,16 @@ def rayline(folder: Path) -> Iterator[list[System]]:
 
 
 @contextmanager
-def rayline_alone(temp: Path) -> Iterator[list[System]]:
+def rayline_alone(
+    temp: Path, change_env: Callable[[dict[str, str]], dict[str, str]] = dict
+) -> Iterator[list[System]]:
     """Deploy Rayline without a peer, in a new folder, with the model and the bodies of requests."""
     wrk.require()
     # Several parts may be measured in one run.
     folder = Path(tempfile.mkdtemp(prefix="a", dir=temp))
     models.write_bundles(Storage(str(folder / "storage")), num_versions=len(WEIGHTS))
     write_bodies(folder, models.sample_image())
-    with rayline(folder) as systems:
+    with rayline(folder, change_env) as systems:
         yield systems
 
 

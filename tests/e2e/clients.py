@@ -35,11 +35,15 @@ class Counts:
 
 
 def post(
-    connection: http.client.HTTPConnection, body: bytes, headers: Mapping[str, str]
+    connection: http.client.HTTPConnection,
+    body: bytes,
+    headers: Mapping[str, str],
+    *,
+    path: str = "/predict",
 ) -> tuple[int | None, bytes]:
     """Send one request; a connection that broke gives (None, reason)."""
     try:
-        connection.request("POST", "/predict", body, dict(headers))
+        connection.request("POST", path, body, dict(headers))
         response = connection.getresponse()
         return response.status, response.read()
     except (OSError, http.client.HTTPException) as error:

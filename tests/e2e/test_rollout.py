@@ -1,183 +1,50 @@
 """The rollout drill: real processes, real requests, and candidates that turn out worse on the way.
 
-All candidates answer as the champion does until they meet marked images (see `tests.candidates`),
-which callers begin to send when the candidate is a canary: what replay and shadow can't know yet.
+One candidate was trained on wrong labels. The others answer as the champion does until they meet
+marked images (see `tests.candidates`), which callers begin to send when the candidate is a canary:
+what replay and shadow can't know yet.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-import requests
-from mlflow import MlflowClient
 from onnx import ModelProto
 
-from lib.config import Settings
-from lib.line.layout import PROJECT_ROOT
-from lib.registry.models import logged_model_id
+from lib.data.direct import read_split
+from lib.data.manifest import load_manifest
+from lib.registry.evaluate import predict_all
 from lib.registry.notes import EVIDENCE_TAG, REASON_TAG, ROLLOUT_TAG
-from lib.serving import deploy, policy
-from lib.serving.bundle import ONNX_FILE, PT2_FILE, read_card, write_bundle
+from lib.serving.predictor import OnnxPredictor
 from lib.serving.traffic import ModelTraffic
-from lib.storage import Storage
-from lib.watch import rollout_state as states
-from tests.candidates import erring, marked, raising, slow
+from tests.candidates import erring, marked, raising, slow, trained_on_noise
 from tests.data_sources import mnist
-from tests.e2e.clients import RAW, connect, post, until
+from tests.e2e.callers import calling
+from tests.e2e.clients import until
 from tests.e2e.conftest import LiveLine
+from tests.e2e.drills import ROLLOUT_S, Drill, left_as_it_was
 
 pytestmark = pytest.mark.long
 
-TIMEOUT_S = 60
-ROLLOUT_S = 420
 STEPS = ("--steps", "10,50,100", "--min-requests", "100", "--step-timeout", "300")
-PAUSE_S = 0.01
-"""Of each caller between two requests: what is measured is a line with room to breathe."""
-
-
-@dataclass(slots=True)
-class Callers:
-    """What the callers send and see."""
-
-    marked_share: float = 0.0
-    answered: int = 0
-    failures: list[tuple[float, str]] = field(default_factory=list)
-    """With the share of marked images at that time."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Drill:
-    """The line, and its registry."""
-
-    line: LiveLine
-    settings: Settings
-    storage: Storage
-    client: MlflowClient
-    made: list[int] = field(default_factory=list)
-
-    def traffic(self) -> ModelTraffic:
-        found = policy.current(self.storage)
-        assert found is not None
-        return found.models[self.line.model]
-
-    def state(self) -> states.State | None:
-        return states.load(self.storage, self.line.model)
-
-    def register(self, change: Callable[[ModelProto], ModelProto]) -> int:
-        """Register the champion, changed, as a version of its own with a bundle."""
-        traffic = self.traffic()
-        bundle = traffic.bundles[traffic.champion]
-        standing = self.client.get_model_version(self.line.model, str(traffic.champion))
-        version = int(
-            self.client.create_model_version(
-                self.line.model,
-                source=standing.source,
-                run_id=standing.run_id,
-                model_id=logged_model_id(standing),
-                tags=dict(standing.tags),
-                await_creation_for=0,
-            ).version
-        )
-        self.made.append(version)
-        card = replace(read_card(self.storage, bundle), version=version, runtime="onnxruntime")
-        model = onnx.load_from_string(self.storage.read(f"{bundle}/{ONNX_FILE}"))
-        pt2 = self.storage.read(f"{bundle}/{PT2_FILE}")
-        write_bundle(self.storage, card, change(model).SerializeToString(), pt2)
-        return version
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "jobs.rollout", *arguments],
-            cwd=PROJECT_ROOT,
-            env=dict(self.line.env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def wait_for(self, version: int, stage: str) -> None:
-        """Wait until a version's rollout serves by a stage."""
-
-        def is_there() -> bool:
-            state = self.state()
-            assert state is None or state.candidate != version or state.status not in states.ENDED
-            return (
-                state is not None
-                and (state.candidate, state.stage) == (version, stage)
-                and state.served_since_us is not None
-            )
-
-        until(is_there, deadline_s=ROLLOUT_S, what=f"{stage} of version {version}")
+MARKED_NHW = marked(mnist("test")[0])
 
 
 @pytest.fixture(scope="module")
 def drill(line: LiveLine) -> Iterator[Drill]:
-    os.environ.update(line.env)
-    settings = Settings.from_env(line.env)
-    made = Drill(
-        line=line,
-        settings=settings,
-        storage=Storage(line.storage),
-        client=MlflowClient(settings.mlflow_uri),
-    )
-    before = made.traffic()
-    yield made
-    # The other tests find the line as it was.
-    deploy.put(settings, made.storage, before, who="test", why="after the drill")
-    deploy.align_registry(settings, before.champion)
-    for version in made.made:
-        made.client.delete_model_version(line.model, str(version))
+    with left_as_it_was(line) as made:
+        yield made
 
 
-@contextmanager
-def calling(line: LiveLine, *, num_callers: int = 4, labels: bool = True) -> Iterator[Callers]:
-    """Send test images, and their true labels once they are answered, while the block runs."""
-    callers, stop = Callers(), threading.Event()
-    plain_NHW, label_N = mnist("test")
-    marked_NHW = marked(plain_NHW)
-
-    def call(seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        connection = connect(line.url)
-        while not stop.wait(PAUSE_S):
-            number, share = int(rng.integers(len(label_N))), callers.marked_share
-            images = marked_NHW if rng.random() < share else plain_NHW
-            status, body = post(connection, images[number].tobytes(), RAW)
-            with callers.lock:
-                callers.answered += status == 200
-                if status != 200:
-                    callers.failures.append((share, f"{status}: {body[:300]!r}"))
-            if labels and status == 200:
-                given = {
-                    "request_id": json.loads(body)["request_id"],
-                    "label": int(label_N[number]),
-                }
-                answer = requests.post(f"{line.url}/feedback", json=given, timeout=TIMEOUT_S)
-                assert answer.ok, answer.text
-        connection.close()
-
-    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(num_callers)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield callers
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+def roll_out(drill: Drill, *arguments: str) -> subprocess.Popen[str]:
+    return drill.start("jobs.rollout", *arguments)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, Any]:
@@ -207,13 +74,13 @@ def test_an_equal_candidate_is_promoted_though_its_rollout_is_killed_on_the_way(
 ) -> None:
     before = drill.traffic()
     version = drill.register(lambda model: model)
-    with calling(drill.line) as callers:
-        process = drill.start(str(version), *STEPS)
+    with calling(drill.line, MARKED_NHW) as callers:
+        process = roll_out(drill, str(version), *STEPS)
         drill.wait_for(version, "canary-10")
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert drill.traffic().weights[version] == 10
-        code, result = ended(drill.start("--resume"))
+        code, result = ended(roll_out(drill, "--resume"))
         assert code == 0, result
     assert callers.failures == []
     assert (result["status"], result["champion"]) == ("promoted", version)
@@ -235,10 +102,10 @@ def test_a_worse_candidate_is_taken_back_and_no_caller_sees_an_error(
 ) -> None:
     before = drill.traffic()
     version = drill.register(change)
-    with calling(drill.line) as callers:
-        process = drill.start(str(version), *STEPS)
+    with calling(drill.line, MARKED_NHW) as callers:
+        process = roll_out(drill, str(version), *STEPS)
         drill.wait_for(version, "canary-10")
-        callers.marked_share = share
+        callers.changed_share = share
         code, result = ended(process)
     assert callers.failures == []
     assert (code, result["error"], result["status"]) == (1, "RolloutError", "rolled_back")
@@ -246,13 +113,38 @@ def test_a_worse_candidate_is_taken_back_and_no_caller_sees_an_error(
     assert_taken_back(drill, version, before, gate)
 
 
+def test_one_trained_on_noisy_labels_is_taken_back_on_its_accuracy(
+    drill: Drill, tmp_path: Path
+) -> None:
+    before, card = drill.traffic(), drill.champion_card()
+    manifest = load_manifest(drill.storage, card.data_digest)
+    exported = trained_on_noise(drill.storage, manifest, tmp_path, share=0.2)
+    images_NHWC, label_N = read_split(drill.storage, manifest, "test")
+    answers_NK = predict_all(OnnxPredictor(exported.onnx_file), images_NHWC)
+    accuracy = float(np.mean(answers_NK.argmax(axis=1) == label_N))
+    print(f"test accuracy: {accuracy:.4f}, the champion's {card.test_accuracy:.4f}")
+    assert accuracy < card.test_accuracy - 0.05
+    version = drill.add(
+        exported.onnx_file.read_bytes(), exported.pt2_file.read_bytes(), test_accuracy=accuracy
+    )
+    with calling(drill.line, MARKED_NHW) as callers:
+        # Replay, too, goes by what callers sent and labelled.
+        until(lambda: callers.answered > 300, what="300 answers")
+        code, result = ended(roll_out(drill, str(version), *STEPS))
+        answered = callers.answered
+        until(lambda: callers.answered > answered + 200, what="200 answers after it")
+    assert callers.failures == []
+    assert (code, result["status"]) == (1, "rolled_back")
+    assert_taken_back(drill, version, before, "accuracy")
+
+
 def test_one_that_raises_on_two_percent_costs_its_canary_share_and_no_more(drill: Drill) -> None:
     before = drill.traffic()
     version = drill.register(raising)
-    with calling(drill.line, num_callers=6, labels=False) as callers:
-        process = drill.start(str(version), *STEPS)
+    with calling(drill.line, MARKED_NHW, num_callers=6, labels=False) as callers:
+        process = roll_out(drill, str(version), *STEPS)
         drill.wait_for(version, "canary-10")
-        callers.marked_share = 0.02
+        callers.changed_share = 0.02
         code, result = ended(process)
         failed = len(callers.failures)
         answered = callers.answered
@@ -270,10 +162,10 @@ def test_one_that_raises_on_two_percent_costs_its_canary_share_and_no_more(drill
 def test_without_callers_a_rollout_is_held_and_the_candidate_gets_nothing(drill: Drill) -> None:
     before = drill.traffic()
     version = drill.register(lambda model: model)
-    code, result = ended(drill.start(str(version), "--step-timeout", "20"))
+    code, result = ended(roll_out(drill, str(version), "--step-timeout", "20"))
     assert (code, result["status"], result["stage"]) == (1, "held", "shadow")
     traffic = drill.traffic()
     assert traffic.champion == before.champion
     assert not traffic.weights.get(version)
-    code, result = ended(drill.start("--abort"))
+    code, result = ended(roll_out(drill, "--abort"))
     assert (code, result["status"]) == (0, "aborted")

@@ -24,6 +24,7 @@ from lib.train.presets import preset_experiment
 from lib.train.samplers import Study
 from lib.watch import retrain, retrain_steps
 from lib.watch.labelled import labelled_images
+from lib.watch.retrain_asked import Options
 from lib.watch.retrain_record import DONE, REFUSED
 from lib.watch.retrain_steps import RetrainSteps, warm
 from tests.made_set import NAMES, SHAPE, images_of, made_set
@@ -99,10 +100,15 @@ class Line:
 
         return SimpleNamespace(predict=predict)
 
-    def rollout(self, settings: Settings, storage: Storage, version: int, who: str) -> Any:
+    def rollout(self, settings: Settings, storage: Storage, version: int, how: Any) -> Any:
         self.calls["rollout"] += 1
         self.champion = version
-        return {"status": "promoted", "who": who}
+        return {
+            "status": "promoted",
+            "who": how.who,
+            "steps": list(how.steps),
+            "min_requests": how.min_requests,
+        }
 
 
 @pytest.fixture
@@ -154,8 +160,10 @@ def live_rows(num_rows: int, seed: int = 3) -> dict[str, Any]:
     return {"image": [image.tobytes() for image in images], "label": labels.tolist()}
 
 
-def run(line: Line, steps: RetrainSteps, rows: dict[str, Any]) -> Any:
-    record = retrain.begin(steps.storage, MODEL, "drift", who="me")
+def run(
+    line: Line, steps: RetrainSteps, rows: dict[str, Any], options: Options | None = None
+) -> Any:
+    record = retrain.begin(steps.storage, MODEL, "drift", who="me", options=options)
     line.rows = {**rows, "end_us": record.end_us}
     return retrain.run(steps.storage, record, steps)
 
@@ -175,6 +183,14 @@ def test_drifted_requests_become_a_better_champion(
     assert gate["candidate_accuracy"] == 1.0
     assert gate["champion_accuracy"] < 0.6
     assert record.step("rollout").result["who"] == f"me, retrain {record.id}"
+    assert record.step("rollout").result["steps"] == [1, 5, 25, 50, 100]
+
+
+def test_its_rollout_goes_as_it_was_asked_for(make: Any) -> None:
+    line, steps = make()
+    record = run(line, steps, live_rows(150), Options(steps=(10, 100), min_requests=70))
+    found = record.step("rollout").result
+    assert (found["steps"], found["min_requests"]) == ([10, 100], 70)
 
 
 def test_the_same_again_does_nothing(make: Any) -> None:

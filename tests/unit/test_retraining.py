@@ -20,6 +20,7 @@ from lib.errors import LineError, RetrainError, ServingError, TooFewError
 from lib.storage import Storage
 from lib.watch import retrain, retrain_record
 from lib.watch.lineage import of_retrain, to_mermaid, to_svg
+from lib.watch.retrain_asked import Options
 from lib.watch.retrain_record import DONE, FAILED, REFUSED, RUNNING, Record, history, interrupted
 from tests.retrains import MODEL, STEPS, FakeSteps, done
 
@@ -230,7 +231,7 @@ def test_an_unknown_retrain_and_an_empty_reason_are_said(storage: Storage) -> No
     with pytest.raises(RetrainError, match="needs a reason"):
         begin(storage, " ")
     with pytest.raises(RetrainError, match="days=0"):
-        retrain.Options(days=0)
+        Options(days=0)
 
 
 def test_the_lineage_leads_from_the_requests_to_the_rollout(storage: Storage) -> None:

@@ -25,6 +25,7 @@ from lib.watch.triggers import Rules
 from lib.watch.windows import Cutting
 from tests.watch_parts import (
     NOW,
+    FakeInterrupted,
     FakeLog,
     FakeRetrains,
     Line,
@@ -62,6 +63,7 @@ def test_no_policy_pauses(tmp_path: Path) -> None:
         model="digits",
         log=FakeLog(),
         retrains=FakeRetrains(clock=time.time),
+        interrupted=FakeInterrupted(),
     )
     assert "jobs.deploy" in monitor.look()["paused"]["all"]
 
@@ -233,6 +235,33 @@ def test_a_retrain_that_does_not_start_is_said(line: Line, monkeypatch: pytest.M
     line.ask(blurred(usual(0, 300)))
     line.later()
     assert line.monitor(acts=True).look()["trigger"]["not_started"] == "Ray is away"
+
+
+def test_what_was_killed_goes_on_at_the_next_look_of_one_that_acts(
+    line: Line, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line.interrupted.names = ["retrain 7"]
+    assert "went_on" not in line.monitor().look()
+    assert line.interrupted.asked == 0, "it was not told to act"
+    monitor = line.monitor(acts=True)
+    assert monitor.look()["went_on"] == "retrain 7"
+    assert "retrain 7 was killed and goes on" in capsys.readouterr().out
+    assert monitor.look()["went_on"] is None
+
+
+def test_what_can_not_go_on_is_said_and_stops_no_look(
+    line: Line, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> str | None:
+        raise OSError("Ray is away")
+
+    monkeypatch.setattr(line.interrupted, "go_on", refuse)
+    line.ask(blurred(usual(0, 300)))
+    line.later()
+    state = line.monitor(acts=True).look()
+    assert state["went_on"] is None
+    assert "does not go on – Ray is away" in capsys.readouterr().out
+    assert state["trigger"]["started"] == "retrain-1"
 
 
 def test_new_labels_are_a_trigger(line: Line) -> None:

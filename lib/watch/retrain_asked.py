@@ -1,0 +1,67 @@
+"""What a retrain can be asked for: by a person, or by the monitor for those that it starts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lib.config import PRESETS
+from lib.errors import RetrainError
+from lib.watch import rollout_state
+
+_ROLLOUT = rollout_state.Options()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How a retrain goes; kept on its record."""
+
+    preset: str = "quick"
+    days: float = 7.0
+    """Of how many days labelled requests are learned from."""
+    steps: tuple[float, ...] = _ROLLOUT.steps
+    """Of its rollout, like the next one."""
+    min_requests: int = _ROLLOUT.min_requests
+
+    def __post_init__(self) -> None:
+        """Refuse a window without an extent, and what makes no rollout."""
+        if not self.days > 0:
+            raise RetrainError(f"days={self.days} must be positive")
+        self.rollout("")
+
+    def rollout(self, who: str) -> rollout_state.Options:
+        """Return how the version is to be rolled out."""
+        return rollout_state.Options(steps=self.steps, min_requests=self.min_requests, who=who)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as JSON types."""
+        return {**asdict(self), "steps": list(self.steps)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Options:
+        """Rebuild the options; what an older record lacks is as usual."""
+        return cls(**{**content, "steps": tuple(content.get("steps", _ROLLOUT.steps))})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let a job be asked for them."""
+    usual = Options()
+    group = parser.add_argument_group("of a retrain")
+    group.add_argument("--preset", default=usual.preset, choices=sorted(PRESETS))
+    group.add_argument("--days", type=float, default=usual.days, help="of live requests")
+    group.add_argument(
+        "--steps", default=rollout_state.USUAL_STEPS, help="of its rollout, as in jobs.rollout"
+    )
+    group.add_argument("--min-requests", type=int, default=usual.min_requests, help="likewise")
+
+
+def asked(arguments: argparse.Namespace) -> Options:
+    """Return what was asked for."""
+    return Options(
+        preset=arguments.preset,
+        days=arguments.days,
+        steps=rollout_state.read_steps(arguments.steps),
+        min_requests=arguments.min_requests,
+    )
