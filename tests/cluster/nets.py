@@ -130,6 +130,8 @@ def machines(folder: Path, num_nodes: int) -> Iterator[tuple[list[Machine], Mach
             _plug(hub, f"v{number}", "eth0", namespace)
             ip("-n", namespace, "addr", "add", f"{subnet}.{number}/24", "dev", "eth0")
             ip("-n", namespace, "link", "set", "eth0", "up")
+            # It leads nowhere, but tells whoever asks which address is its own.
+            ip("-n", namespace, "route", "add", "default", "via", f"{subnet}.{OUTSIDE}")
             made.append(Machine(namespace, f"{subnet}.{number}", folder / f"node-{number}"))
         _plug(hub, f"v{OUTSIDE}", tag, str(os.getpid()))
         ip("addr", "add", f"{subnet}.{OUTSIDE}/24", "dev", tag)
