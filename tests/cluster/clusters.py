@@ -24,6 +24,8 @@ NUM_CPUS = 2
 """Of a worker; the head does no work."""
 _STORE_BYTES = 150 * 2**20
 _START_S = 180.0
+_STARTS = 3
+"""Ray gives up a node whose raylet is not there after 30 s, which on a busy machine may be."""
 HTTP_PORT = 8000
 
 
@@ -36,7 +38,6 @@ class Cluster:
         self.folder = folder
         self.url = f"http://{self.head.ip}:8265"
         self._auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def node_env(self) -> dict[str, str]:
         """Return the environment of every node: what deploy/cluster.env sets, and where S3 is."""
@@ -70,13 +71,11 @@ class Cluster:
         }
         options = ["--head", "--port=6379", f"--dashboard-host={self.head.ip}", "--num-cpus=0"]
         self._start(self.head, options, {**self.node_env(), **redis})
-        self._await_alive(self.head)
 
     def start_worker(self, machine: Machine) -> None:
         """Start a worker on a machine where nothing runs, and wait until the head knows it."""
         options = [f"--address={self.head.ip}:6379", f"--num-cpus={NUM_CPUS}"]
         self._start(machine, options, self.node_env())
-        self._await_alive(machine)
 
     def get(self, path: str) -> Any:
         """Return what the dashboard answers."""
@@ -102,25 +101,31 @@ class Cluster:
         until(lambda: self.alive() == ips, deadline_s=120, every_s=0.5, what=f"life of {ips}")
 
     def _start(self, machine: Machine, options: list[str], env: Mapping[str, str]) -> None:
-        assert machine.pids() == []
-        machine.boot()
-        ray = str(Path(sys.executable).with_name("ray"))
-        self._processes[machine.ip] = machine.start(
-            [ray, "start", "--block", "--disable-usage-stats", "--log-color=false"]
-            + [f"--node-ip-address={machine.ip}", f"--object-store-memory={_STORE_BYTES}"]
-            + options,
-            env,
-            "ray",
-        )
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block"]
+        command += ["--disable-usage-stats", "--log-color=false"]
+        command += [f"--node-ip-address={machine.ip}", f"--object-store-memory={_STORE_BYTES}"]
+        for _ in range(_STARTS):
+            assert machine.pids() == []
+            machine.boot()
+            process = machine.start([*command, *options], env, "ray")
+            if self._is_alive(machine, process):
+                return
+            machine.kill()
+        raise AssertionError(machine.log("ray").read_text()[-3000:])
 
-    def _await_alive(self, machine: Machine) -> None:
-        process = self._processes[machine.ip]
+    def _is_alive(self, machine: Machine, process: subprocess.Popen[bytes]) -> bool:
+        """Wait until the head knows the node; False if it gave up first."""
 
         def is_there() -> bool:
-            assert process.poll() is None, machine.log("ray").read_text()[-3000:]
             return answers(f"{self.url}/api/gcs_healthz") and machine.ip in self.alive()
 
-        until(is_there, deadline_s=_START_S, every_s=0.5, what=f"start of {machine.ip}")
+        until(
+            lambda: process.poll() is not None or is_there(),
+            deadline_s=_START_S,
+            every_s=0.5,
+            what=f"start of {machine.ip}",
+        )
+        return process.poll() is None
 
 
 def clean_env() -> dict[str, str]:
