@@ -2,7 +2,7 @@
 #   make up DATA=my-images PRESET=quick MODEL=name
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test drill bench lint audit train rollout rollback rayservice image
+.PHONY: help up down test drill nodes bench lint audit train rollout rollback rayservice image
 SHELL := /bin/bash
 BIN := .venv/bin
 # What CI may be told by others (WHY, VERSION, …) stays in the shell: make would run what is in it.
@@ -24,6 +24,9 @@ test: lint ## all tests: unit, integration, end to end
 
 drill: lint ## what takes minutes a test: rollouts, kills in the middle of a sweep, Katib files
 	@$(BIN)/python -m pytest -m long
+
+nodes: .venv/.installed ## as root: the line on three nodes and servers on this machine, and their loss
+	@$(BIN)/python -m pytest -m long tests/cluster
 
 lint: .venv/.installed ## what CI checks before the tests
 	@$(BIN)/ruff check .

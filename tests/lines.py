@@ -35,16 +35,21 @@ _GIVEN_BY_USER = (
 
 def line_env(home: Path) -> dict[str, str]:
     """Return an environment in which `python -m jobs.up` makes a small line of its own."""
-    env = dict(os.environ)
-    for name in (*_GIVEN_BY_USER, *(variable(port) for port in PORTS)):
-        env.pop(name, None)
-    return env | {
+    return clean_env() | {
         "RAYLINE_HOME": str(home),
         OFFSET_VARIABLE: str(free_offset()),
         "RAYLINE_NUM_CPUS": "2",
         "RAYLINE_NUM_GPUS": "0",
         "RAYLINE_OBJECT_STORE_BYTES": str(OBJECT_STORE_BYTES),
     }
+
+
+def clean_env() -> dict[str, str]:
+    """Return this environment without what was set for another line."""
+    env = dict(os.environ)
+    for name in (*_GIVEN_BY_USER, *(variable(port) for port in PORTS)):
+        env.pop(name, None)
+    return env
 
 
 def free_offset() -> int:

@@ -60,7 +60,8 @@ def publish_code(storage: Storage) -> str:
         storage.write(relative, content)
     if storage.is_local:
         return f"file://{storage.path(relative)}"
-    return f"{storage.uri.rstrip('/')}/{relative}"
+    # Options after `?` are pyarrow's; Ray fetches the archive with boto3, which has its own.
+    return f"{storage.uri.partition('?')[0].rstrip('/')}/{relative}"
 
 
 def names(models: Mapping[str, ModelTraffic]) -> set[str]:

@@ -57,14 +57,18 @@ def connect(url: str) -> http.client.HTTPConnection:
 
 
 @contextmanager
-def load(url: str, body: bytes, *, num_clients: int = 8) -> Iterator[Counts]:
-    """Post the same image from keep-alive clients for as long as the block runs."""
+def load(url: str, body: bytes, *, num_clients: int = 8, pause_s: float = 0.0) -> Iterator[Counts]:
+    """Post the same image from keep-alive clients for as long as the block runs.
+
+    With a pause after each answer the clients leave the processor to what else goes on.
+    """
     counts, stop = Counts(), threading.Event()
 
     def client() -> None:
         connection = connect(url)
         while not stop.is_set():
             counts.add(*post(connection, body, RAW))
+            stop.wait(pause_s)
         connection.close()
 
     threads = [threading.Thread(target=client) for _ in range(num_clients)]

@@ -104,3 +104,15 @@ def test_a_line_passes_on_what_it_was_given_and_nothing_else(tmp_path: Path) -> 
     assert passed["RAYLINE_TRIAL_LABELS"] == "rayline/pool=trials"
     # Else an empty value would hide what the cluster's nodes were started with.
     assert "RAYLINE_SERVE_LABELS" not in passed
+
+
+def test_code_in_an_object_store_is_named_without_the_options_of_its_address() -> None:
+    class Store:
+        uri, is_local = "s3://bucket/line?endpoint_override=10.0.0.4:9000&scheme=http", False
+
+        def exists(self, relative: str) -> bool:
+            return True
+
+    uri = plan.publish_code(Store())  # type: ignore[arg-type]
+    assert uri.startswith("s3://bucket/line/code/")
+    assert uri.endswith(".zip")
