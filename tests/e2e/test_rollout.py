@@ -141,7 +141,7 @@ def test_one_trained_on_noisy_labels_is_taken_back_on_its_accuracy(
 def test_one_that_raises_on_two_percent_costs_its_canary_share_and_no_more(drill: Drill) -> None:
     before = drill.traffic()
     version = drill.register(raising)
-    with calling(drill.line, MARKED_NHW, num_callers=6, labels=False) as callers:
+    with calling(drill.line, MARKED_NHW, num_callers=6) as callers:
         process = roll_out(drill, str(version), *STEPS)
         drill.wait_for(version, "canary-10")
         callers.changed_share = 0.02
