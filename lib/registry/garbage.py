@@ -18,8 +18,7 @@ from mlflow.entities import Experiment, LoggedModel, Run
 from lib.cli import progress
 from lib.config import Settings
 from lib.errors import RaylineError, ServingError
-from lib.registry.models import logged_model_id
-from lib.registry.publish import MODEL_NAME_TAG
+from lib.registry.models import MODEL_NAME_TAG, logged_model_id
 from lib.registry.removal import artifact_bytes, remove_artifacts, remove_folder, remove_model
 from lib.registry.server import connect, explained
 from lib.serving import policy

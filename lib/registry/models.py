@@ -30,6 +30,8 @@ TRIAL_TAG = "rayline.trial_run_id"
 """Also what makes registering twice find the version of the first time."""
 READY_TAG = "rayline.ready"
 """Set when a registration has done all it does: bundle published, aliases moved."""
+MODEL_NAME_TAG = "rayline.model"
+"""On a logged model: the registered model that it was logged for."""
 CREATED_TAG = "rayline.created_ms"
 """When a restored version was first made: MLflow takes no time of creation."""
 _PAGE = 200

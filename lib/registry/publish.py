@@ -24,7 +24,7 @@ from lib.registry import gaps
 from lib.registry.baseline import Baseline, check_against, ensure_baseline
 from lib.registry.evaluate import Evaluation, evaluate, predict_all
 from lib.registry.export import Exported, check_equal, export, load_served
-from lib.registry.models import Facts, Version, versions, way_back
+from lib.registry.models import MODEL_NAME_TAG, Facts, Version, versions, way_back
 from lib.registry.runtime import Measured, measure_where_served
 from lib.registry.server import download
 from lib.registry.trials import Trial
@@ -34,8 +34,6 @@ from lib.storage import Storage
 
 EVALUATION_FILE = "evaluation.json"
 """Beside the model: the confusion matrix and all other numbers of the test split."""
-MODEL_NAME_TAG = "rayline.model"
-"""On a logged model: the registered model that it was logged for."""
 REFUSED_TAG = "rayline.refused"
 """On a trial's run: why a gate refused to make it a version."""
 _PROBE_IMAGES = 512

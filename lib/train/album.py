@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import optuna
-from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import create_trial
 
 from lib.cli import progress as say
@@ -107,6 +106,9 @@ def importance(
 
     Parameters of which no two values were tried are left out.
     """
+    # With it come SciPy and scikit-learn: seconds that no start of a sweep should wait for.
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
     space = study_space(experiment)
     observations = observations[-_MAX_OBSERVATIONS:]
     with warnings.catch_warnings():
