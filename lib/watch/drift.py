@@ -1,18 +1,24 @@
 """Whether a window of requests looks like the training data: tests, and how often they may look.
 
-A window's features are each compared with the reference by a two-sample Kolmogorov–Smirnov test,
-and so are the confidence and the entropy of each version's answers; the share of every predicted
-class by the hypergeometric distribution. Holm's method corrects for their number, so the level
+A window's features are each compared with the reference by a Kolmogorov–Smirnov test, and so are
+the confidence and the entropy of each version's answers; the share of every predicted class by the
+binomial distribution. Holm's method corrects for their number, so the level
 holds for the window as a whole. (Rabanser, Günnemann, Lipton, "Failing Loudly", 2019, found such
 tests as good as multivariate ones, and they say what moved.)
 
 Live images never come from exactly the distribution of the training images, and with enough rows
 any difference is "significant". So the hypothesis tested is that no distribution function is
-further than `tolerance` from the reference's anywhere.
+further than `tolerance` from the training data's anywhere.
+
+The reference is a sample of these, and the same one for every window: were its own error part of
+each test, as in a two-sample test, a small sample that happens to be off would look like drift
+again and again. So that error is bounded once, by the inequality of Dvoretzky, Kiefer and Wolfowitz
+(with Massart's constant, 1990), and added to the tolerance.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,6 +38,8 @@ Measured: MNIST's test images, by other writers, are up to 0.045 from its traini
 the features: 0.012). Without a tolerance half of all shuffled blocks of 2,000 of them raise an
 alarm, with this one 1 %; of windows of 250 it is 1.6 % and 0.2 %.
 """
+_REFERENCE_LEVEL = 0.1
+"""Chance that any distribution function of the reference is further off than it is taken to be."""
 INPUTS, PREDICTIONS = "inputs", "predictions"
 MIN_ANSWERS = 50
 """Answers of a version in a window below which they are not tested."""
@@ -230,16 +238,20 @@ def compare(
     """Return signed Kolmogorov–Smirnov distance and p-value of every column.
 
     The reference's columns are each in ascending order. By the triangle inequality the distance to
-    a distribution that is `tolerance` away exceeds the usual statistic by no more than that:
-    without it, the usual distribution gives the p-value. Ties, such as cells that are always black,
-    make it larger than it need be, never smaller.
+    a distribution that is so far away exceeds the usual statistic by no more than that: without it,
+    the usual distribution gives the p-value. Ties, such as cells that are always black, make it
+    larger than it need be, never smaller.
     """
     columns = zip(np.sort(window_NF, axis=0).T, reference_MF.T, strict=True)
     distance = np.array([_distance(ours, theirs) for ours, theirs in columns])
-    num, num_reference = len(window_NF), len(reference_MF)
-    effective = max(1, round(num * num_reference / (num + num_reference)))
-    p_value = stats.kstwo.sf(np.maximum(np.abs(distance) - tolerance, 0), effective)
+    allowed = tolerance + reference_error(*reference_MF.shape)
+    p_value = stats.kstwo.sf(np.maximum(np.abs(distance) - allowed, 0), len(window_NF))
     return distance, np.clip(p_value, 0, 1)
+
+
+def reference_error(num_rows: int, num_columns: int) -> float:
+    """Return how far distribution functions of so many rows may be from those they are drawn of."""
+    return math.sqrt(math.log(2 * num_columns / _REFERENCE_LEVEL) / (2 * num_rows))
 
 
 def _distance(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> float:
@@ -277,18 +289,12 @@ def _compare_answers(
 def _share_p_values(
     counts: npt.NDArray[np.int64], reference: npt.NDArray[np.int64], tolerance: float
 ) -> Floats:
-    """Return Fisher's exact p-value of every class, two-sided, its share moved by `tolerance`."""
+    """Return the exact p-value of every class, two-sided, of the nearest share allowed."""
     num, num_reference = int(counts.sum()), int(reference.sum())
-    expected = num * reference / num_reference
-    allowed = int(tolerance * num)
-    nearer = np.where(
-        counts > expected,
-        np.maximum(counts - allowed, np.floor(expected)),
-        np.minimum(counts + allowed, np.ceil(expected)),
-    ).astype(np.int64)
-    all_rows = num + num_reference
-    upper = stats.hypergeom.sf(nearer - 1, all_rows, nearer + reference, num)
-    lower = stats.hypergeom.cdf(nearer, all_rows, nearer + reference, num)
+    shares = reference / num_reference
+    allowed = tolerance + reference_error(num_reference, len(reference))
+    upper = stats.binom.sf(counts - 1, num, np.minimum(shares + allowed, 1.0))
+    lower = stats.binom.cdf(counts, num, np.maximum(shares - allowed, 0.0))
     return np.asarray(np.minimum(1.0, 2 * np.minimum(upper, lower)), dtype=np.float64)
 
 

@@ -9,7 +9,7 @@ drift passes the threshold at once, some with a little drift do so together.
 Drift too slow for a window is looked for in blocks of windows, tested as one, with evidence of
 their own. By Doob's inequality the chance that either passes its threshold within t windows without
 drift is at most t times `LONG_RUN_LEVEL`, however often one looks. (All windows are compared with
-one sample of the training data, so they are independent but for that sample's own chance.)
+one sample of the training data; its error is part of what `drift` tolerates.)
 """
 
 from __future__ import annotations

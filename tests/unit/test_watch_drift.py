@@ -10,7 +10,16 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from lib.watch.drift import LEVEL, Answers, Reference, Window, compare, holm, score
+from lib.watch.drift import (
+    LEVEL,
+    Answers,
+    Reference,
+    Window,
+    compare,
+    holm,
+    reference_error,
+    score,
+)
 from lib.watch.features import feature_names, features, grid_shape
 from lib.watch.sequence import BLOCK, THRESHOLD, Evidence, bet
 from tests.watch_parts import Images, blurred, digits, inverted, other_digits, predict, shifted
@@ -173,7 +182,7 @@ def test_nothing_to_test_is_no_drift() -> None:
     assert (result.alarm, result.p_value, result.rows) == (False, 1.0, 260)
 
 
-def test_without_tolerance_the_test_is_scipys() -> None:
+def test_the_distance_is_scipys_and_the_error_of_the_reference_is_allowed_for() -> None:
     rng = np.random.default_rng(4)
     ours = rng.normal(0.2, 1, (300, 4)).astype(np.float32)
     theirs = rng.normal(0, 1, (5000, 4)).astype(np.float32)
@@ -184,11 +193,47 @@ def test_without_tolerance_the_test_is_scipys() -> None:
     for column in range(4):
         known = stats.ks_2samp(ours[:, column], theirs[:, column], method="asymp")
         assert distance[column] == pytest.approx(-known.statistic_sign * known.statistic)
-        assert p_value[column] == pytest.approx(known.pvalue)
+        beyond = max(known.statistic - reference_error(5000, 4), 0)
+        assert p_value[column] == pytest.approx(stats.kstwo.sf(beyond, 300))
+        assert p_value[column] > known.pvalue
     assert list(np.sign(distance)) == [1, 1, 1, -1]
     # And what is as far away as tolerated is no evidence.
     _, tolerant = compare(ours[:, :3], np.sort(theirs[:, :3], axis=0), 0.2)
     assert (tolerant > 0.5).all()
+
+
+def test_a_small_reference_that_happens_to_be_off_is_no_drift_however_often_one_looks() -> None:
+    alarms = 0
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        few = Reference(
+            features_NF=rng.normal(size=(400, 5)).astype(np.float32),
+            feature_names=tuple("abcde"),
+            grid=(0, 0),
+            class_names=("0", "1"),
+        )
+        evidence = Evidence()
+        for _ in range(40):
+            rows = [rng.normal(size=(ROWS, 5)).astype(np.float32) for _ in range(BLOCK)]
+            for part in rows:
+                result = score(few, Window(features_NF=part), tolerance=0.0)
+                evidence = evidence.after_window(result.p_value, alarm=result.alarm)
+            result = score(few, Window(features_NF=np.concatenate(rows)), tolerance=0.0)
+            evidence = evidence.after_block(result.p_value)
+            alarms += evidence.alarm
+    assert alarms == 0
+
+
+def test_the_reference_is_as_near_as_it_is_taken_to_be() -> None:
+    grid = np.linspace(0, 1, 2001)
+    limit, rng = reference_error(300, 8), np.random.default_rng(1)
+    off = 0
+    for _ in range(200):
+        sample = np.sort(rng.random((300, 8)), axis=0)
+        found = np.array([np.searchsorted(sample[:, i], grid) / 300 - grid for i in range(8)])
+        off += bool(np.abs(found).max() > limit)
+    # One in ten at most; far fewer would mean that the bound is needlessly wide.
+    assert 4 <= off <= 26
 
 
 def test_holm_is_holms() -> None:
