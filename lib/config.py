@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lib.errors import ConfigError
+from lib.owners import read_limits
 from lib.secrets import refuse_password
 from lib.selector import read_selector
 
@@ -47,6 +48,11 @@ class Settings:
     """RAYLINE_SERVE_LABELS: labels of the nodes that gateways and versions run on; empty: any."""
     trial_gpus: int = 0
     """RAYLINE_TRIAL_GPUS: GPUs that the nodes for trials can grow to; 0: those there are now."""
+    owner_limits: str = ""
+    """RAYLINE_OWNER_LIMITS: trials that an owner may have running; empty: any number."""
+    serve_cpus: float = 0.0
+    """RAYLINE_SERVE_CPUS: CPUs of the nodes for trials that are kept for serving, however few its
+    replicas reserve now."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without touching a network or disk."""
@@ -62,6 +68,7 @@ class Settings:
                 raise ConfigError(f"RAYLINE_{name}_PORT={port} is not a port")
         for name in ("trial_labels", "serve_labels"):
             read_selector(f"RAYLINE_{name.upper()}", getattr(self, name))
+        read_limits("RAYLINE_OWNER_LIMITS", self.owner_limits)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -95,6 +102,8 @@ class Settings:
             trial_labels=env.get("RAYLINE_TRIAL_LABELS") or "",
             serve_labels=env.get("RAYLINE_SERVE_LABELS") or "",
             trial_gpus=int(gpus),
+            owner_limits=env.get("RAYLINE_OWNER_LIMITS") or "",
+            serve_cpus=_serve_cpus(env),
         )
 
 
@@ -112,6 +121,17 @@ def log_images_percent(env: Mapping[str, str]) -> float:
     if not 0 <= percent <= 100:
         raise ConfigError(f"RAYLINE_LOG_IMAGES={given!r} is not a percentage, 0 to 100")
     return percent
+
+
+def _serve_cpus(env: Mapping[str, str]) -> float:
+    given = env.get("RAYLINE_SERVE_CPUS") or "0"
+    try:
+        cpus = float(given)
+    except ValueError:
+        cpus = math.nan
+    if not 0 <= cpus < math.inf:
+        raise ConfigError(f"RAYLINE_SERVE_CPUS={given!r} is not a number of CPUs, 0 or more")
+    return cpus
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,8 @@
 """A sweep that costs next to nothing, and a driver of it that a test can kill.
 
 python -m tests.sweeps STORAGE MLFLOW_URI RAY_ADDRESS SAMPLER  (`local`: a Ray of its own)
+
+TINY_TRIALS is how many trials it has, RAYLINE_OWNER_LIMITS what its owner may have running.
 """
 
 from __future__ import annotations
@@ -103,8 +105,13 @@ def main(storage_uri: str, mlflow_uri: str, ray_address: str, sampler: str) -> N
             runtime_env=everywhere,
         )
     storage = Storage(storage_uri)
-    settings = Settings(storage=storage_uri, mlflow_uri=mlflow_uri, model="tiny")
-    result = run_sweep(settings, storage, tiny_experiment(sampler), tiny_work(storage))
+    limits = os.environ.get("RAYLINE_OWNER_LIMITS", "")
+    settings = Settings(
+        storage=storage_uri, mlflow_uri=mlflow_uri, model="tiny", owner_limits=limits
+    )
+    num_trials = int(os.environ.get("TINY_TRIALS", NUM_TRIALS))
+    experiment = tiny_experiment(sampler, num_trials=num_trials)
+    result = run_sweep(settings, storage, experiment, tiny_work(storage))
     print(json.dumps({"sweep_run_id": result.sweep_run_id}), flush=True)
 
 

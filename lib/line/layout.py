@@ -37,6 +37,8 @@ _PASSED_ON = (
     "RAYLINE_TRIAL_LABELS",
     "RAYLINE_TRIAL_GPUS",
     "RAYLINE_SERVE_LABELS",
+    "RAYLINE_SERVE_CPUS",
+    "RAYLINE_OWNER_LIMITS",
 )
 """Settings of a cluster; where they are not given, jobs see what its nodes were started with."""
 # Of another cluster, or of the shell that a line was started from.

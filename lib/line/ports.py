@@ -67,6 +67,8 @@ _PLACES = {
     "RAYLINE_TRIAL_LABELS": "labels of the nodes for trials, as key=value or key=!value (any)",
     "RAYLINE_TRIAL_GPUS": "GPUs that these nodes can grow to (those that are there)",
     "RAYLINE_SERVE_LABELS": "labels of the nodes for gateways and versions (any)",
+    "RAYLINE_SERVE_CPUS": "CPUs that no trial takes, for replicas to come (what these reserve now)",
+    "RAYLINE_OWNER_LIMITS": "trials at a time by owner, as ann=2,*=4 (any number)",
     "RAYLINE_MODEL": "name of the model (digits, or after the folder)",
     "RAYLINE_NUM_CPUS": "cores that Ray gives out (all)",
     "RAYLINE_NUM_GPUS": "GPUs that Ray gives out (all)",

@@ -65,10 +65,12 @@ class SweepReport(tune.Callback):
         self._experiment = experiment
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
-        """Let the searcher know how many trials are under way."""
-        self._searcher.running = [
-            trial for trial in trials if trial.status in (TuneTrial.PENDING, TuneTrial.RUNNING)
-        ]
+        """Let the searcher know which trials are under way."""
+        self._searcher.begin_step(trials)
+
+    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        """Let the searcher know that Tune looks whether the sweep is over."""
+        self._searcher.end_step()
 
     def on_trial_start(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ray.tune import PlacementGroupFactory
 
 _SETTLE_S = 2.0
+_KINDS = ("CPU", "GPU")
+Room = Callable[[], Mapping[str, float] | None]
+"""Returns what all sweeps together have to share, None if there is no other sweep."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +34,12 @@ class TrialResources:
     """Of one trial. Small nets gain nothing from more, and one makes results repeatable."""
     selector: Mapping[str, str] = field(default_factory=dict)
     """Labels of the nodes that trials run on; empty: any node."""
+    grows: bool = False
+    """Whether an autoscaler adds nodes for trials that wait, each with CPUs for its GPUs."""
+    free: Mapping[str, float] = field(default_factory=dict)
+    """What was found free for trials."""
+    most: Mapping[str, float] = field(default_factory=dict)
+    """What trials may take of the cluster at most."""
 
     def request(self) -> dict[str, float] | PlacementGroupFactory:
         """Return the request as Tune takes it."""
@@ -45,6 +54,10 @@ class TrialResources:
 
         return PlacementGroupFactory([bundle], bundle_label_selector=[dict(self.selector)])
 
+    def size(self) -> dict[str, float]:
+        """Return what a trial takes that is scarce."""
+        return {"GPU": self.gpus} if self.grows else {"CPU": self.cpus, "GPU": self.gpus}
+
     def describe(self) -> str:
         """Return one line for people."""
         gpu = f" and {self.gpus:g} GPU" if self.gpus else ""
@@ -55,8 +68,12 @@ class TrialResources:
         return f"{trials} at a time, each on {self.cpus:g} CPU{gpu}{note}{where}"
 
 
-def trial_resources(gpus_per_trial: float, settings: Settings | None = None) -> TrialResources:
+def trial_resources(
+    gpus_per_trial: float, settings: Settings | None = None, room: Room | None = None
+) -> TrialResources:
     """Share what is free now among trials, so that a sweep starts at once beside serving.
+
+    Beside other sweeps it is what they all have to share, `room`, as if this one were alone.
 
     Where the settings name nodes for trials, those alone count, and with `trial_gpus` also those
     that an autoscaler starts once trials wait for them.
@@ -64,18 +81,15 @@ def trial_resources(gpus_per_trial: float, settings: Settings | None = None) -> 
     selector = _trial_selector(settings)
     if settings and settings.trial_gpus and gpus_per_trial:
         return grown(settings.trial_gpus, gpus_per_trial, selector)
-    free = _settled_resources()
-    nodes = _nodes(selector)
-    there = {
-        name: sum(node["Resources"].get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")
-    }
+    free, most = free_for_trials(settings, settle=True)
+    shared = _shared(room, free)
     shares = share(
-        free_cpus=min(free.get("CPU", 0.0), there["CPU"]),
-        free_gpus=min(free.get("GPU", 0.0), there["GPU"]),
-        num_nodes=max(1, len(nodes)),
+        free_cpus=shared["CPU"],
+        free_gpus=shared["GPU"],
+        num_nodes=max(1, len(_nodes(selector))),
         gpus_per_trial=gpus_per_trial,
     )
-    return replace(shares, selector=selector)
+    return replace(shares, selector=selector, free=free, most=most)
 
 
 def grown(
@@ -93,22 +107,29 @@ def grown(
         gpus=gpus_per_trial,
         num_parallel=max(1, num_parallel),
         selector=dict(selector or {}),
+        grows=True,
+        free={"GPU": float(num_gpus)},
+        most={"GPU": float(num_gpus)},
     )
 
 
 def asked_resources(
-    cpus: float | None, gpus: float | None, settings: Settings | None = None
+    cpus: float | None,
+    gpus: float | None,
+    settings: Settings | None = None,
+    room: Room | None = None,
 ) -> TrialResources:
     """Return what every trial asks for, whatever is free; with neither, a share of that.
 
     Raises SearchError if no node has as much.
     """
     if cpus is None and gpus is None:
-        return trial_resources(0.0, settings)
+        return trial_resources(0.0, settings, room)
     selector = _trial_selector(settings)
     nodes = [dict(node["Resources"]) for node in _nodes(selector)]
-    found = granted(cpus=cpus, gpus=gpus or 0.0, nodes=nodes, free=_settled_resources())
-    return replace(found, selector=selector)
+    free, most = free_for_trials(settings, settle=True)
+    found = granted(cpus=cpus, gpus=gpus or 0.0, nodes=nodes, free=_shared(room, free))
+    return replace(found, selector=selector, free=free, most=most)
 
 
 def granted(
@@ -131,6 +152,29 @@ def granted(
     rooms = [free.get(kind, 0.0) / asked[kind] for kind in asked if asked[kind]]
     num_parallel = math.floor(min(rooms) + 1e-6) if rooms else len(nodes)
     return TrialResources(cpus=asked["CPU"], gpus=gpus, num_parallel=max(1, num_parallel))
+
+
+def free_for_trials(
+    settings: Settings | None, *, settle: bool = False
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return what is free for trials now, and what they may take at most of the cluster.
+
+    With `settle`, once it has stopped growing.
+    """
+    nodes = _nodes(_trial_selector(settings))
+    most = {kind: sum(node["Resources"].get(kind, 0.0) for node in nodes) for kind in _KINDS}
+    if settings is not None:
+        most["CPU"] = max(0.0, most["CPU"] - settings.serve_cpus)
+    now = _settled_resources() if settle else ray.available_resources()
+    free = {kind: min(now.get(kind, 0.0), most[kind]) for kind in _KINDS}
+    if settings is not None and settings.trial_gpus:
+        # Those that are not there yet come for trials that wait.
+        free["GPU"] = most["GPU"] = float(settings.trial_gpus)
+    return free, most
+
+
+def _shared(room: Room | None, free: Mapping[str, float]) -> Mapping[str, float]:
+    return {**free, **((room() if room is not None else None) or {})}
 
 
 def _trial_selector(settings: Settings | None) -> dict[str, str]:

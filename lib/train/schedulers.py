@@ -75,8 +75,15 @@ class AtRungs(TrialScheduler):
     shown to it again, as far as they had come, where the scheduler can take that in.
     """
 
-    def __init__(self, name: str, inner: TrialScheduler, progress: Progress) -> None:
+    def __init__(
+        self,
+        name: str,
+        inner: TrialScheduler,
+        progress: Progress,
+        may_resume: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._inner = inner
+        self._may_resume = may_resume
         self._progress = progress
         self._replay = name in _REPLAYED
         self._mutates = name == "pbt"
@@ -133,8 +140,11 @@ class AtRungs(TrialScheduler):
         self._inner.on_trial_remove(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Return the trial to start next."""
-        return self._inner.choose_trial_to_run(tune_controller)
+        """Return the trial to start next; one that was paused needs a slot again."""
+        chosen = self._inner.choose_trial_to_run(tune_controller)
+        if chosen is not None and chosen.status == Trial.PAUSED and not self._may_resume():
+            return None
+        return chosen
 
     def debug_string(self) -> str:
         """Return what the inner scheduler says of itself."""
@@ -205,9 +215,17 @@ def rung_counts(named: Named, rungs: Sequence[int]) -> tuple[int, ...]:
 
 
 def build_scheduler(
-    experiment: Experiment, progress: Progress, *, num_rungs: int, fixed: frozenset[str]
+    experiment: Experiment,
+    progress: Progress,
+    *,
+    num_rungs: int,
+    fixed: frozenset[str],
+    may_resume: Callable[[], bool] = lambda: True,
 ) -> TrialScheduler:
-    """Return the scheduler of an experiment; `fixed` are the parameters that no trial can change.
+    """Return the scheduler of an experiment.
+
+    `fixed` are the parameters that no trial can change; `may_resume` tells whether there is a slot
+    for a trial that was paused.
 
     Raises ConfigError naming a setting that the scheduler hasn't got.
     """
@@ -250,7 +268,7 @@ def build_scheduler(
         )
     else:
         inner = FIFOScheduler()
-    return AtRungs(named.name, inner, progress)
+    return AtRungs(named.name, inner, progress, may_resume)
 
 
 def _factor(named: Named) -> int:

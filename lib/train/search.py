@@ -21,6 +21,7 @@ from lib.train.experiment import Experiment
 from lib.train.feed import Feed
 from lib.train.gauges import SweepGauges
 from lib.train.journal import Journal
+from lib.train.lender import RayLender, share_of
 from lib.train.progress import ASKED, CLOSED, RECORDED, REOPENED, SESSION, Progress
 from lib.train.result import SweepResult
 from lib.train.samplers import Study, sampler_name
@@ -54,6 +55,7 @@ def run_sweep(
     # What can't be searched is said before anything starts.
     scheduler = scheduler_of(experiment)
     Study(experiment)
+    lender = RayLender()
     sweep = start_sweep(
         settings,
         storage,
@@ -72,7 +74,7 @@ def run_sweep(
     )
     spec = {"experiment": asdict(experiment), "kind": work.kind, "work": work.spec}
     storage.write(_spec_path(sweep.run_id), json.dumps(spec).encode())
-    return _run(settings, storage, sweep, experiment, work, draw=draw)
+    return _run(settings, storage, lender, sweep, experiment, work, draw=draw)
 
 
 def resume_sweep(
@@ -112,11 +114,12 @@ def resume_sweep(
         before, experiment = experiment, _with_limits(experiment, asked[0], spec["work"], asked[1])
         more = experiment != before
     work = work_of(storage, experiment, spec["kind"], spec["work"])
+    lender = RayLender()
     sweep = reopen_sweep(settings, sweep_run_id)
     if more:
         spec["experiment"] = asdict(experiment)
         storage.write(_spec_path(sweep_run_id), json.dumps(spec).encode())
-    return _run(settings, storage, sweep, experiment, work, draw=draw, reopen=more)
+    return _run(settings, storage, lender, sweep, experiment, work, draw=draw, reopen=more)
 
 
 def _is_over(storage: Storage, sweep_run_id: str) -> bool:
@@ -146,6 +149,7 @@ def _with_limits(
 def _run(
     settings: Settings,
     storage: Storage,
+    lender: RayLender,
     sweep: SweepRun,
     experiment: Experiment,
     work: Work,
@@ -192,7 +196,8 @@ def _run(
             say("tune", f"sweep {sweep.run_id}: {study.num_trials} trials")
         session = Session(settings, storage, folder, experiment, work, progress, study, desk, feed)
         if not progress.closed:
-            session.run(experiment.time_budget_s - spent_s)
+            with share_of(settings, sweep.run_id, lender) as share:
+                session.run(experiment.time_budget_s - spent_s, share)
             progress.add(CLOSED, durable=True)
         return session.result(sweep, record, draw=draw)
 

@@ -22,16 +22,19 @@ from lib.storage import Storage
 from lib.train import album
 from lib.train.experiment import Experiment
 from lib.train.feed import Feed
-from lib.train.progress import CUT, Progress, TrialState, pareto_front
+from lib.train.progress import CUT, SESSION, Progress, TrialState, pareto_front
 from lib.train.report import Limits, SweepReport
 from lib.train.resources import TrialResources
 from lib.train.result import SweepResult, trial_result
 from lib.train.samplers import Study
 from lib.train.schedulers import build_scheduler
-from lib.train.searcher import StudySearcher
+from lib.train.searcher import StudySearcher, TrialSource
+from lib.train.share import Share
 from lib.train.trainable import Desk
 from lib.train.work import Work
 
+_BRIEF_S = 2.0
+"""A wait for the first slot that is longer than this is no part of the sweep's time."""
 _MAX_PROCESS_FAILURES = 3
 """A trial whose process died this often in a row is given up."""
 
@@ -61,22 +64,23 @@ class Session:
         self._desk = desk
         self._feed = feed
 
-    def run(self, budget_s: float) -> None:
-        """Run trials until all have ended or a limit is met."""
+    def run(self, budget_s: float, share: Share) -> None:
+        """Run trials until all have ended or a limit is met; what is waited for is not spent."""
         experiment, work, progress = self._experiment, self._work, self._progress
         start_s = time.monotonic()
-        resources = work.resources(self._settings)
+        resources = work.resources(self._settings, share.room)
         say("tune", resources.describe())
         shared = work.shared(resources)
         # One more than there is room for, where resources keep it waiting: no slot is ever idle.
         limit = resources.num_parallel + bool(resources.cpus or resources.gpus)
         limit = min(limit, experiment.num_parallel or limit)
-        searcher = StudySearcher(self._study, progress, limit)
+        searcher = StudySearcher(self._study, progress, share)
         report = SweepReport(progress, self._study, searcher, experiment)
         limits = Limits(progress, experiment, report)
         left_s = budget_s - (time.monotonic() - start_s)
         why = limits.why
         if searcher.num_left and not why:
+            left_s += self._wait(share, resources, limit)
             try:
                 self._fit(searcher, report, limits, resources, shared, left_s)
             except Exception:
@@ -86,6 +90,19 @@ class Session:
                 raise report.error
             why = limits.why
         report.cut_off(why or f"the time budget of {experiment.time_budget_s:g} s was spent")
+
+    def _wait(self, share: Share, resources: TrialResources, most: int) -> float:
+        """Wait for the first slot; return the seconds that it took."""
+        waited_s = share.ask(
+            size=resources.size(),
+            parallel=resources.num_parallel,
+            most=most,
+            free=resources.free,
+            free_most=resources.most,
+        )
+        if waited_s > _BRIEF_S:
+            self._progress.add(SESSION)
+        return waited_s
 
     def _fit(
         self,
@@ -104,12 +121,13 @@ class Session:
         tuner = tune.Tuner(
             tune.with_resources(trainable, resources.request()),
             tune_config=tune.TuneConfig(
-                search_alg=searcher,
+                search_alg=TrialSource(searcher),
                 scheduler=build_scheduler(
                     self._experiment,
                     self._progress,
                     num_rungs=len(work.rungs),
                     fixed=work.trainable.FIXED,
+                    may_resume=searcher.may_resume,
                 ),
                 num_samples=searcher.num_left,
                 time_budget_s=max(0.01, left_s) if math.isfinite(left_s) else None,

@@ -19,7 +19,7 @@ from lib.train.command import CommandTemplate
 from lib.train.command_trial import LOG_FILE, CommandTrial
 from lib.train.experiment import Experiment, Value
 from lib.train.presets import first_guesses, search_space
-from lib.train.resources import TrialResources, asked_resources, trial_resources
+from lib.train.resources import Room, TrialResources, asked_resources, trial_resources
 from lib.train.streamed import StreamedExamples
 from lib.train.trainable import SweepTrial
 from lib.train.trial import EAGER_LATENCY_MS, MODEL_FILE, Trial, confusion, examples
@@ -38,8 +38,9 @@ class Work:
     trainable: type[SweepTrial]
     shared: Callable[[TrialResources], Mapping[str, Any]]
     """Returns what `SweepTrial.prepare` gets; called once a driver, it may take its time."""
-    resources: Callable[[Settings], TrialResources] = partial(trial_resources, 0.0)
-    """Returns what a trial takes of the cluster; called once a driver."""
+    resources: Callable[[Settings, Room], TrialResources] = partial(trial_resources, 0.0)
+    """Returns what a trial takes of the cluster, and of what all sweeps share; called once a
+    driver."""
     rungs: tuple[int, ...] = ()
     """Epochs at which trials are comparable, the last one their end; none: at every report."""
     artifacts: Mapping[str, str] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,11 @@ from lib.errors import ConfigError, SearchError
 from lib.registry.tracking import SweepRun
 from lib.storage import Storage
 from lib.train.asked import Asked, limits_asked_for, search_asked_for
+from lib.train.leases import Ask, Grant, Leases
 from lib.train.resources import TrialResources
 from lib.train.result import SweepResult
 from lib.train.search import resume_sweep, run_sweep
+from lib.train.share import Share
 from tests.unit.test_katib import TEMPLATE
 
 SETTINGS = Settings(storage="/nowhere", mlflow_uri="http://127.0.0.1:9")
@@ -37,8 +40,10 @@ class OneAfterTheOther:
         worker = None
         while not limits.stop_all():
             report.on_step_begin(0, [])
+            assert not self._config.search_alg.is_finished()
             trial = SimpleNamespace(trial_id=f"t{next(_IDS)}", last_result=None, error_file=None)
-            trial.config = self._config.search_alg.suggest(trial.trial_id)
+            trial.config = self._config.search_alg.searcher.suggest(trial.trial_id)
+            report.on_step_end(0, [])
             if not isinstance(trial.config, dict):
                 break
             if worker is None:
@@ -92,6 +97,28 @@ class Record:
         self.pictures = files
 
 
+class Alone(Share):
+    """Stands for the lease of a sweep that shares the cluster with nobody."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(
+            Leasing(), sweep="s", owner="ann", limit=None, measure=lambda: ({"CPU": 0.0}, {})
+        )
+
+
+class Leasing:
+    """Stands for the lease actor."""
+
+    def __init__(self) -> None:
+        self._leases = Leases(lease_s=15.0)
+
+    def renew(self, ask: Ask) -> Grant:
+        return self._leases.renew(ask, time.monotonic())
+
+    def release(self, sweep: str) -> None:
+        self._leases.release(sweep)
+
+
 @pytest.fixture(autouse=True)
 def _no_ray_and_no_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = SweepRun(run_id="s", experiment_id="e", tags={})
@@ -105,6 +132,8 @@ def _no_ray_and_no_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lib.train.search.start_sweep", lambda *given, **rest: sweep)
     monkeypatch.setattr("lib.train.search.reopen_sweep", lambda *given: sweep)
     monkeypatch.setattr("lib.train.search.SweepRecord", Record)
+    monkeypatch.setattr("lib.train.search.RayLender", Leasing)
+    monkeypatch.setattr("lib.train.search.share_of", Alone)
 
 
 @pytest.fixture
