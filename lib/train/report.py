@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ class SweepReport(tune.Callback):
     ) -> None:
         self.error: StorageError | None = None
         """What must end the sweep: there is no place to keep its state."""
+        self.begun_s: float | None = None
+        """When the first trial of this driver started, by the monotonic clock."""
         self._progress = progress
         self._study = study
         self._searcher = searcher
@@ -76,6 +79,7 @@ class SweepReport(tune.Callback):
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
         """Say so."""
+        self.begun_s = self.begun_s or time.monotonic()
         state = self._state(trial)
         if not state.num_reports:
             say("tune", f"{self._name(state)} starts: {describe(state.params)}")
@@ -190,12 +194,19 @@ class SweepReport(tune.Callback):
 
 
 class Limits(tune.Stopper):
-    """Ends a sweep at its target, after too many failures, or where it can't go on."""
+    """Ends a sweep at its target, when its time is spent, or after too many failures."""
 
-    def __init__(self, progress: Progress, experiment: Experiment, report: SweepReport) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        experiment: Experiment,
+        report: SweepReport,
+        budget_s: float = math.inf,
+    ) -> None:
         self._progress = progress
         self._experiment = experiment
         self._report = report
+        self._budget_s = budget_s
         self._reached = False
 
     @property
@@ -209,6 +220,9 @@ class Limits(tune.Stopper):
         best = self._progress.best
         if self._reached or (best and reached(self._experiment.objective, best.best)):
             return f"the target of {self._experiment.objective.target} was reached"
+        begun_s = self._report.begun_s
+        if begun_s is not None and time.monotonic() - begun_s >= self._budget_s:
+            return f"the time budget of {self._experiment.time_budget_s:g} s was spent"
         return None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:

@@ -35,6 +35,8 @@ from lib.train.work import Work
 
 _BRIEF_S = 2.0
 """A wait for the first slot that is longer than this is no part of the sweep's time."""
+_STARTING_S = 900
+"""In which the first trial must start: a cluster may have to add a node for it."""
 _MAX_PROCESS_FAILURES = 3
 """A trial whose process died this often in a row is given up."""
 
@@ -65,9 +67,12 @@ class Session:
         self._feed = feed
 
     def run(self, budget_s: float, share: Share) -> None:
-        """Run trials until all have ended or a limit is met; what is waited for is not spent."""
+        """Run trials until all have ended or a limit is met.
+
+        The budget is that of searching: it begins with the first trial. On a slow or busy machine
+        reading the data and starting processes could spend a short one whole.
+        """
         experiment, work, progress = self._experiment, self._work, self._progress
-        start_s = time.monotonic()
         resources = work.resources(self._settings, share.room)
         say("tune", resources.describe())
         shared = work.shared(resources)
@@ -76,23 +81,22 @@ class Session:
         limit = min(limit, experiment.num_parallel or limit)
         searcher = StudySearcher(self._study, progress, share)
         report = SweepReport(progress, self._study, searcher, experiment)
-        limits = Limits(progress, experiment, report)
-        left_s = budget_s - (time.monotonic() - start_s)
+        limits = Limits(progress, experiment, report, budget_s)
         why = limits.why
         if searcher.num_left and not why:
-            left_s += self._wait(share, resources, limit)
+            self._wait(share, resources, limit)
             try:
-                self._fit(searcher, report, limits, resources, shared, left_s)
+                self._fit(searcher, report, limits, resources, shared, budget_s + _STARTING_S)
             except Exception:
                 if report.error is None:
                     raise
             if report.error is not None:
                 raise report.error
             why = limits.why
-        report.cut_off(why or f"the time budget of {experiment.time_budget_s:g} s was spent")
+        report.cut_off(why or f"no trial could start within {_STARTING_S} s")
 
-    def _wait(self, share: Share, resources: TrialResources, most: int) -> float:
-        """Wait for the first slot; return the seconds that it took."""
+    def _wait(self, share: Share, resources: TrialResources, most: int) -> None:
+        """Wait for the first slot."""
         waited_s = share.ask(
             size=resources.size(),
             parallel=resources.num_parallel,
@@ -102,7 +106,6 @@ class Session:
         )
         if waited_s > _BRIEF_S:
             self._progress.add(SESSION)
-        return waited_s
 
     def _fit(
         self,
@@ -111,7 +114,7 @@ class Session:
         limits: Limits,
         resources: TrialResources,
         shared: Mapping[str, Any],
-        left_s: float,
+        most_s: float,
     ) -> None:
         _quiet_tune()
         # Else Tune starts the first processes one after the other.
@@ -130,7 +133,7 @@ class Session:
                     may_resume=searcher.may_resume,
                 ),
                 num_samples=searcher.num_left,
-                time_budget_s=max(0.01, left_s) if math.isfinite(left_s) else None,
+                time_budget_s=max(0.01, most_s) if math.isfinite(most_s) else None,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
@@ -200,7 +203,7 @@ class Session:
         if not ranked:
             cut = next((t.why for t in progress.trials.values() if t.ended == CUT), None)
             if not progress.trials:
-                cut = f"the time budget of {self._experiment.time_budget_s:g} s was spent"
+                cut = f"none could start within {_STARTING_S} s"
             return (
                 f"none of {len(progress.trials)} trials left a model ({progress.num_failed} failed"
                 + (f", the others were cut off: {cut})" if cut else ")")

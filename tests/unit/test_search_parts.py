@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -313,7 +314,7 @@ def test_the_best_report_of_a_trial_counts_or_its_last_one(
     )
     experiment = replace(SMOOTH, objectives=(objective,))
     _, progress, study = progress_of(storage, experiment)
-    limits = Limits(progress, experiment, SimpleNamespace(error=None))
+    limits = Limits(progress, experiment, SimpleNamespace(error=None, begun_s=None))
     reports(progress, 0, 0.5, 0.9, 0.7)
     trial = progress.trials[0]
     assert (trial.best["score"], trial.best_epoch) == (value, epoch)
@@ -328,11 +329,23 @@ def test_a_last_report_at_the_target_ends_the_sweep(storage: Storage) -> None:
     objective = Objective(metric="score", goal=MAXIMIZE, target=0.8, by_last=True, settles=False)
     experiment = replace(SMOOTH, objectives=(objective,))
     _, progress, _ = progress_of(storage, experiment)
-    limits = Limits(progress, experiment, SimpleNamespace(error=None))
+    limits = Limits(progress, experiment, SimpleNamespace(error=None, begun_s=None))
     reports(progress, 0, 0.85)
     assert not limits.stop_all()
     progress.add(ENDED, trial=0, how=FINISHED, why="")
     assert limits.why == "the target of 0.8 was reached"
+
+
+def test_the_time_budget_begins_with_the_first_trial(storage: Storage) -> None:
+    _, progress, _ = progress_of(storage, SMOOTH)
+    report = SimpleNamespace(error=None, begun_s=None)
+    limits = Limits(progress, SMOOTH, report, budget_s=60)
+    assert not limits.stop_all()
+    report.begun_s = time.monotonic() - 50
+    assert not limits.stop_all()
+    report.begun_s -= 11
+    assert limits.stop_all()
+    assert "time budget" in (limits.why or "")
 
 
 def test_a_sweep_that_has_ended_can_be_reopened(storage: Storage) -> None:
