@@ -4,6 +4,7 @@ python -m tests.bench [ingest] [training] [search] [serving] --rounds 5 --second
 python -m tests.bench soak --seconds 600
 python -m tests.bench autoscaling --seconds 40
 python -m tests.bench backpressure --seconds 10
+python -m tests.bench scale
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 PARTS = ("ingest", "training", "search", "serving")
 """What is measured if nothing is named."""
-LONG_PARTS = ("soak", "autoscaling", "backpressure")
+LONG_PARTS = ("soak", "autoscaling", "backpressure", "scale")
 _ROOT = Path(__file__).parents[2]
 
 
@@ -123,6 +124,7 @@ def _minutes(chosen: list[str], options: Any) -> float:
         "soak": 60 + options.seconds,
         "autoscaling": 60 + 5 * options.seconds,
         "backpressure": 60 + 4 * (options.seconds + 2),
+        "scale": 60,
         "serving": 150 + options.rounds * 24 * (options.seconds + 2),
     }
     return sum(seconds[part] for part in chosen) / 60
