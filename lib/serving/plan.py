@@ -85,13 +85,15 @@ def applications(
     An application that is live keeps its code and options, but for its least number of replicas:
     champion and previous champion stay warm, the others may go to zero.
     """
-    wanted = [_application(settings, live, code_uri, name=GATEWAY, bundle=None)]
+    template = yaml.safe_load((_ROOT / "serve_apps" / "config.yaml").read_text())
+    wanted = [_application(settings, live, code_uri, template, name=GATEWAY, bundle=None)]
     for name, traffic in models.items():
         for version in traffic.isolated():
             application = _application(
                 settings,
                 live,
                 code_uri,
+                template,
                 name=version_application(name, version),
                 bundle=traffic.bundles[version],
             )
@@ -103,18 +105,24 @@ def applications(
 
 
 def _application(
-    settings: Settings, live: Mapping[str, Any], code_uri: str, *, name: str, bundle: str | None
+    settings: Settings,
+    live: Mapping[str, Any],
+    code_uri: str,
+    template: Mapping[str, Any],
+    *,
+    name: str,
+    bundle: str | None,
 ) -> dict[str, Any]:
     args = {"storage": settings.storage} | ({"bundle": bundle} if bundle else {})
     if name in live and live[name].get("args") == args:
         return copy.deepcopy(dict(live[name]))
-    template = yaml.safe_load((_ROOT / "serve_apps" / "config.yaml").read_text())
     kind = "version" if bundle else "gateway"
+    options = copy.deepcopy(template[kind])
     if selector := read_selector("RAYLINE_SERVE_LABELS", settings.serve_labels):
-        for deployment in template[kind]["deployments"]:
+        for deployment in options["deployments"]:
             deployment["ray_actor_options"]["label_selector"] = selector
     return {
-        **template[kind],
+        **options,
         "name": name,
         "route_prefix": None if bundle else "/",
         "args": args,

@@ -10,6 +10,7 @@ fewest, and among equals to the one that was served longest ago. No trial is end
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import deque
 from collections.abc import Mapping
@@ -175,26 +176,39 @@ class Leases:
         held = {name: lease.held for name, lease in self._leases.items()}
         # What it does not use it has given back, and it stands in line for it like all others.
         held[asker.ask.sweep] = asker.ask.uses
-        left = self._left(room, held)
-        waiting = {name for name, lease in self._leases.items() if held[name] < lease.ask.wants}
-        while waiting:
-            of_owner = self._by_owner(held)
-            name = min(waiting, key=lambda name: self._rank(name, held, of_owner))
-            ask = self._leases[name].ask
-            limit = self._limit(ask.owner)
-            if limit is not None and of_owner[ask.owner] >= limit:
-                waiting.discard(name)
+        left, limits = self._left(room, held), self._limits()
+        of_owner = self._by_owner(held)
+
+        def rank(name: str) -> tuple[int, int, float, str]:
+            lease = self._leases[name]
+            return of_owner[lease.ask.owner], held[name], lease.served_s, name
+
+        waiting = [rank(name) for name in held if held[name] < self._leases[name].ask.wants]
+        heapq.heapify(waiting)
+        num_held = sum(held.values())
+        while waiting and held[asker.ask.sweep] < asker.ask.wants:
+            told = heapq.heappop(waiting)
+            name = told[-1]
+            if (now := rank(name)) != told:
+                heapq.heappush(waiting, now)  # Its owner has got a slot since.
                 continue
+            ask = self._leases[name].ask
+            limit = limits.get(ask.owner)
+            may = limit is None or of_owner[ask.owner] < limit
             # Whatever was measured, one trial can always be tried.
-            fits = _fits(ask.size, left) or not any(held.values())
+            fits = may and (_fits(ask.size, left) or not num_held)
             if fits:
                 held[name] += 1
-            if fits or _fits(ask.size, room):
+                of_owner[ask.owner] += 1
+                num_held += 1
+            if fits or (may and _fits(ask.size, room)):
                 # Who does not fit yet waits for more to come free, and nobody behind takes it.
                 for kind in left:
                     left[kind] -= ask.size.get(kind, 0.0)
-            if not fits or held[name] >= ask.wants:
-                waiting.discard(name)
+            if fits and held[name] < ask.wants:
+                heapq.heappush(waiting, rank(name))
+            elif name == asker.ask.sweep:
+                break
         return held[asker.ask.sweep]
 
     def _left(self, room: Amounts, held: Mapping[str, int]) -> dict[str, float]:
@@ -212,20 +226,14 @@ class Leases:
             totals[lease.ask.owner] = totals.get(lease.ask.owner, 0) + held[name]
         return totals
 
-    def _rank(
-        self, name: str, held: Mapping[str, int], of_owner: Mapping[str, int]
-    ) -> tuple[int, int, float, str]:
-        lease = self._leases[name]
-        return of_owner[lease.ask.owner], held[name], lease.served_s, name
-
-    def _limit(self, owner: str) -> int | None:
-        """Return an owner's limit: the lowest, if his sweeps were started with several."""
-        limits = [
-            lease.ask.limit
-            for lease in self._leases.values()
-            if lease.ask.owner == owner and lease.ask.limit is not None
-        ]
-        return min(limits, default=None)
+    def _limits(self) -> dict[str, int]:
+        """Return the owners' limits: the lowest, if somebody's sweeps were started with several."""
+        limits: dict[str, int] = {}
+        for lease in self._leases.values():
+            if lease.ask.limit is not None:
+                known = limits.get(lease.ask.owner, lease.ask.limit)
+                limits[lease.ask.owner] = min(known, lease.ask.limit)
+        return limits
 
 
 def _second(values: list[float]) -> float:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from lib.train.experiment import MAXIMIZE, Experiment, Objective
 from lib.train.journal import Event, Journal
 
@@ -160,19 +162,17 @@ def reached(objective: Objective, metrics: Mapping[str, float]) -> bool:
 def pareto_front(objectives: Sequence[Objective], trials: Sequence[TrialState]) -> list[TrialState]:
     """Return the trials that no other trial beats in one objective without losing in another."""
     signs = [1 if objective.goal == MAXIMIZE else -1 for objective in objectives]
-
-    def point(trial: TrialState) -> list[float]:
-        return [
-            sign * trial.best[objective.metric]
-            for sign, objective in zip(signs, objectives, strict=True)
+    points_NO = np.array(
+        [
+            [
+                sign * trial.best[objective.metric]
+                for sign, objective in zip(signs, objectives, strict=True)
+            ]
+            for trial in trials
         ]
-
-    points = [point(trial) for trial in trials]
+    )
     return [
         trial
-        for trial, mine in zip(trials, points, strict=True)
-        if not any(
-            all(o >= m for o, m in zip(other, mine, strict=True)) and other != mine
-            for other in points
-        )
+        for trial, mine in zip(trials, points_NO, strict=True)
+        if not ((points_NO >= mine).all(axis=1) & (points_NO > mine).any(axis=1)).any()
     ]

@@ -74,6 +74,7 @@ class Study:
             self.num_trials = min(self.num_trials, self.space.size)
         if self._name == "cmaes" and len(experiment.objectives) > 1:
             raise ConfigError("cmaes searches by one objective; use tpe or gp for several")
+        self._num_asked = 0
         self._storage = InMemoryStorage()
         self._study = optuna.create_study(
             storage=self._storage,
@@ -91,6 +92,7 @@ class Study:
             guess = self._experiment.first_guesses[number]
             self._study.enqueue_trial(self.space.drawn(guess))
         self._study.ask(self.space.distributions)
+        self._num_asked += 1
         trial = self._study.get_trials(deepcopy=False)[number]
         sampled = {
             "drawn": trial.params,
@@ -109,6 +111,7 @@ class Study:
                 system_attrs=dict(trial.sampled["trial"]),
             )
         )
+        self._num_asked += 1
         for name, value in trial.sampled["study"].items():
             self._storage.set_study_system_attr(self._study_id, name, value)
         if trial.ended is not None:
@@ -137,7 +140,7 @@ class Study:
     @property
     def num_asked(self) -> int:
         """How many trials were asked for."""
-        return len(self._study.get_trials(deepcopy=False))
+        return self._num_asked
 
     @property
     def num_observations(self) -> int:

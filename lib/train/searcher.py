@@ -55,24 +55,25 @@ class StudySearcher(Searcher):
         self._progress = progress
         self._slots = slots
         self._left: list[TrialState] = progress.interrupted()
-        self._running: Sequence[TuneTrial] = ()
-        """Tune's trials that ran or waited to when this step began."""
+        self._live: Sequence[TuneTrial] = ()
+        """Tune's trials that had not ended when this step began."""
+        self._num_seen = 0
         self._handed_out = 0
         """Trials that were given to Tune in this step."""
         self._in_step = False
 
     def begin_step(self, trials: Sequence[TuneTrial]) -> None:
         """Take note of Tune's trials, at the start of a step of its loop."""
-        self._running, self._handed_out, self._in_step = (
-            [t for t in trials if t.status in (TuneTrial.PENDING, TuneTrial.RUNNING)],
-            0,
-            True,
-        )
-        running = sum(trial.status == TuneTrial.RUNNING for trial in self._running)
-        paused = sum(trial.status == TuneTrial.PAUSED for trial in trials)
-        left = self.num_left + paused
-        self._slots.update(running=running, pending=len(self._running) - running, left=left)
-        if left and not self._running and not self._slots.limit:
+        # Those that have ended are looked at once: there may be thousands, at each step.
+        known = [*self._live, *trials[self._num_seen :]]
+        self._live = [t for t in known if t.status not in (TuneTrial.TERMINATED, TuneTrial.ERROR)]
+        self._num_seen = len(trials)
+        self._handed_out, self._in_step = 0, True
+        running = sum(trial.status == TuneTrial.RUNNING for trial in self._live)
+        pending = sum(trial.status == TuneTrial.PENDING for trial in self._live)
+        left = self.num_left + len(self._live) - running - pending
+        self._slots.update(running=running, pending=pending, left=left)
+        if left and not running + pending and not self._slots.limit:
             # Without a trial to wait for, Tune would ask again at once.
             self._slots.pause()
 
@@ -118,7 +119,7 @@ class StudySearcher(Searcher):
 
     def _under_way(self) -> int:
         live = (TuneTrial.PENDING, TuneTrial.RUNNING)
-        return sum(trial.status in live for trial in self._running) + self._handed_out
+        return sum(trial.status in live for trial in self._live) + self._handed_out
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

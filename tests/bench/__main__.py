@@ -6,6 +6,7 @@ python -m tests.bench autoscaling --seconds 40
 python -m tests.bench backpressure --seconds 10
 python -m tests.bench large --rows 7000000
 python -m tests.bench watching --rounds 10 --seconds 6
+python -m tests.bench scale
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 PARTS = ("ingest", "training", "search", "serving")
 """What is measured if nothing is named."""
-LONG_PARTS = ("soak", "autoscaling", "backpressure", "watching", "large")
+LONG_PARTS = ("soak", "autoscaling", "backpressure", "watching", "large", "scale")
 _ROOT = Path(__file__).parents[2]
 
 
@@ -132,6 +133,7 @@ def _minutes(chosen: list[str], options: Any) -> float:
         "backpressure": 60 + 4 * (options.seconds + 2),
         "large": 60 + options.rows / 15_000,
         "watching": 150 + options.rounds * 6 * (options.seconds + 5),
+        "scale": 60,
         "serving": 150 + options.rounds * 24 * (options.seconds + 2),
     }
     return sum(seconds[part] for part in chosen) / 60
