@@ -20,7 +20,8 @@ from lib.storage import Storage
 from lib.train.search import run_sweep
 from tests.sweeps import TinyTrial, tiny_experiment, tiny_work
 
-EPOCH_S = 1.0
+EPOCH_S = 5.0
+"""Long enough that both workers have begun before one of them could do it all."""
 
 
 class SlowTrial(TinyTrial):
