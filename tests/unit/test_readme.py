@@ -23,7 +23,11 @@ COMMANDS = [
     if line.strip()
 ]
 JOBS = [line for line in COMMANDS if "-m jobs." in line]
-GIVEN_BY_USER = {"RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED"}
+GIVEN_BY_USER = {
+    "RAY_SERVE_ENABLE_HA_PROXY",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED",
+    "RAY_REDIS_ADDRESS",
+}
 """Ray's own settings, for the head of a cluster."""
 
 
