@@ -37,7 +37,7 @@ class TinyTrial(SweepTrial):
         self._x, self._epoch = params["x"], 0
 
     def advance(self) -> Mapping[str, Any]:
-        time.sleep(EPOCH_S)  # The work.
+        time.sleep(float(os.environ.get("TINY_EPOCH_S", EPOCH_S)))  # The work.
         self._epoch += 1
         with open(self._log, "a") as stream:
             stream.write(json.dumps([self._x, self._epoch, os.getpid()]) + "\n")
@@ -86,6 +86,8 @@ def tiny_work(storage: Storage, *ignored: Any) -> Work:
 def main(storage_uri: str, mlflow_uri: str, ray_address: str, sampler: str) -> None:
     """Run one sweep."""
     everywhere = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}}
+    if "TINY_EPOCH_S" in os.environ:
+        everywhere["env_vars"]["TINY_EPOCH_S"] = os.environ["TINY_EPOCH_S"]
     if ray_address == "local":
         ray.init(
             address="local",

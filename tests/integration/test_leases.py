@@ -26,7 +26,7 @@ from tests.sweeps import NUM_EPOCHS
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
-_DEADLINE_S = 120
+_DEADLINE_S = 240
 Start = Callable[..., subprocess.Popen[bytes]]
 
 
@@ -45,6 +45,9 @@ def start(tmp_path: Path, local_ray: None, mlflow_server: str) -> Iterator[Start
                 **os.environ,
                 VARIABLE: Provenance(commit="0" * 40, owner=owner).encode(),
                 "TINY_TRIALS": str(num_trials),
+                # Tune gives a trial whose process is still starting to one that becomes free, and
+                # ends the other: trials must take longer than two processes start apart.
+                "TINY_EPOCH_S": "1.5",
                 **env,
             },
             stdout=subprocess.DEVNULL,
@@ -84,9 +87,9 @@ def wait_until(condition: Callable[[], Any]) -> None:
 def test_two_owners_share_the_slots_and_the_later_one_gets_his_as_trials_end(
     start: Start, tmp_path: Path
 ) -> None:
-    ann = start("ann", 80)
+    ann = start("ann", 24)
     wait_until(lambda: leases().get("ann", {}).get("running") == 2)
-    bob = start("bob", 8)
+    bob = start("bob", 3)
     seen: list[Counter[str]] = []
     deadline_s = time.monotonic() + _DEADLINE_S
     while bob.poll() is None:
@@ -100,12 +103,12 @@ def test_two_owners_share_the_slots_and_the_later_one_gets_his_as_trials_end(
     assert ann.wait(timeout=_DEADLINE_S) == 0
     done = Counter(x for x, _, _ in epochs(tmp_path / "ann"))
     assert set(done.values()) == {NUM_EPOCHS}, "no trial was ended or begun again for another one"
-    assert len(done) == 80
+    assert len(done) == 24
     wait_until(lambda: look() is None)
 
 
 def test_no_owner_has_more_trials_running_than_his_limit(start: Start, tmp_path: Path) -> None:
-    ann = start("ann", 8, RAYLINE_OWNER_LIMITS="ann=1,*=2")
+    ann = start("ann", 3, RAYLINE_OWNER_LIMITS="ann=1,*=2")
     most = 0
     while ann.poll() is None:
         most = max(most, leases().get("ann", {}).get("running", 0))
@@ -124,5 +127,5 @@ def test_a_killed_drivers_slots_come_back(start: Start) -> None:
     ann.kill()
     ann.wait()
     wait_until(lambda: leases().get("bob", {}).get("running") == 2)
-    assert time.monotonic() - killed_s < LEASE_S + 30
+    assert time.monotonic() - killed_s < LEASE_S + 60
     assert "ann" not in leases()
