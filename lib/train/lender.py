@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -77,7 +78,11 @@ class LeaseActor(Lender):
     """The lender as an actor of Ray's."""
 
     def __init__(self) -> None:
-        super().__init__(recovers=bool(ray.get_runtime_context().was_current_actor_reconstructed))
+        with warnings.catch_warnings():
+            # Ray's own way to this calls what it has deprecated.
+            warnings.simplefilter("ignore")
+            recovers = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        super().__init__(recovers=recovers)
 
     def release(self, sweep: str) -> bool:
         """Forget a sweep; the actor ends with the last one."""

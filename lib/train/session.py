@@ -27,7 +27,7 @@ from lib.train.report import Limits, SweepReport
 from lib.train.resources import TrialResources
 from lib.train.result import SweepResult, trial_result
 from lib.train.samplers import Study
-from lib.train.schedulers import build_scheduler
+from lib.train.schedulers import build_scheduler, scheduler_of
 from lib.train.searcher import StudySearcher, TrialSource
 from lib.train.share import Share
 from lib.train.trainable import Desk
@@ -120,6 +120,8 @@ class Session:
         # Else Tune starts the first processes one after the other.
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(resources.num_parallel)
         work, storage = self._work, self._storage
+        # Population-based training may still copy one that its trial has gone on from.
+        kept = 4 if scheduler_of(self._experiment).name == "pbt" else 1
         trainable = tune.with_parameters(work.trainable, desk=self._desk, shared=dict(shared))
         tuner = tune.Tuner(
             tune.with_resources(trainable, resources.request()),
@@ -144,7 +146,7 @@ class Session:
                 callbacks=[report],
                 stop=limits,
                 failure_config=tune.FailureConfig(max_failures=_MAX_PROCESS_FAILURES),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=kept, checkpoint_at_end=False),
                 verbose=0,
             ),
         )
