@@ -26,6 +26,10 @@ def auth_headers(env: Mapping[str, str] | None = None) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
+_TRIES, _AGAIN_S = 4, 3.0
+_INGRESS_DIED = "ActorDiedError"
+
+
 class ServeClient:
     """Reads and replaces the config of Serve's applications."""
 
@@ -38,8 +42,19 @@ class ServeClient:
         return dict(self._call("GET").json())
 
     def apply(self, config: Mapping[str, Any]) -> None:
-        """Make this config the target state; applications that are not in it are removed."""
-        self._call("PUT", json=config)
+        """Make this config the target state; applications that are not in it are removed.
+
+        On a busy machine Serve gives up an ingress that is slow to start and makes another one; a
+        call that waited for the first fails then, and is made again.
+        """
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                self._call("PUT", json=config)
+                return
+            except ServingError as error:
+                if not tries_left or _INGRESS_DIED not in str(error):
+                    raise
+                time.sleep(_AGAIN_S)
 
     def _call(self, method: str, **options: Any) -> requests.Response:
         try:
