@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,9 +39,12 @@ class Remote:
     def __init__(self) -> None:
         self.lender = Lender()
         self.asks: list[Ask] = []
+        self.tries: Counter[str] = Counter()
+        """Renewals by owner, those that got no answer too."""
         self.is_away = False
 
     def renew(self, ask: Ask) -> Grant:
+        self.tries[ask.owner] += 1
         if self.is_away:
             raise LenderAwayError("gone")
         self.asks.append(ask)
@@ -72,6 +76,12 @@ def wait_until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline_s, "it never came to that"
         time.sleep(0.01)
+
+
+def let_ask(remote: Remote, *owners: str) -> None:
+    """Wait until each of them has asked some more times."""
+    goals = {owner: remote.tries[owner] + 3 for owner in owners}
+    wait_until(lambda: all(remote.tries[owner] >= goal for owner, goal in goals.items()))
 
 
 def test_a_sweep_alone_starts_trials_without_asking_and_keeps_one_waiting() -> None:
@@ -108,13 +118,16 @@ def test_a_slot_is_asked_for_again_and_goes_to_who_waits(
         waited: list[float] = []
         waiting = threading.Thread(target=lambda: waited.append(ask(bobs)))
         waiting.start()
-        time.sleep(0.3)
+        wait_until(lambda: any(told.owner == "bob" and told.wants for told in remote.asks))
+        asked_s = time.monotonic()
+        let_ask(remote, "bob")
         assert not waited, "there is no slot"
+        without_s = time.monotonic() - asked_s
         anns.update(running=1, pending=0, left=8)
         assert anns.limit == 1, "not lent on before it was asked for"
         waiting.join(timeout=5)
         assert waited
-        assert waited[0] >= 0.3
+        assert waited[0] >= without_s
         assert bobs.limit == 1
         wait_until(lambda: anns.is_settled)
         assert anns.limit == 1
@@ -135,7 +148,7 @@ def test_without_a_lender_the_sweep_runs_and_says_so_once(
         assert mine.room() is None
         ask(mine)
         assert mine.limit == 3
-        time.sleep(0.3)
+        let_ask(remote, "ann")
         assert capsys.readouterr().out.count("nobody lends slots to sweeps now") == 1
         remote.is_away = False
         remote.lender.renew(Ask(sweep="b", owner="bob", uses=2, size={"CPU": 1.0}, wants=2))
@@ -152,7 +165,7 @@ def test_a_lender_that_restarts_changes_nothing() -> None:
         bobs.update(running=1, pending=0, left=8)
         wait_until(lambda: (anns.limit, bobs.limit) == (1, 1))
         remote.is_away = True
-        time.sleep(0.2)
+        let_ask(remote, "ann", "bob")
         assert (anns.limit, bobs.limit) == (1, 1)
         remote.lender, remote.is_away = Lender(recovers=True), False
         wait_until(lambda: len(remote.lender.view()["leases"]) == 2)
