@@ -10,10 +10,14 @@ from typing import Any
 
 import requests
 
+from lib.cli import progress
 from lib.config import Settings
 from lib.errors import ServingError
 
 CALL_TIMEOUT_S = 30
+_TRIES, _AGAIN_S = 4, 3.0
+_INGRESS_DIED = "ActorDiedError"
+"""In Serve's answer; see `ServeClient.apply`."""
 
 
 def auth_headers(env: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -24,10 +28,6 @@ def auth_headers(env: Mapping[str, str] | None = None) -> dict[str, str]:
     if not token and path and Path(path).exists():
         token = Path(path).read_text().strip()
     return {"Authorization": f"Bearer {token}"} if token else {}
-
-
-_TRIES, _AGAIN_S = 4, 3.0
-_INGRESS_DIED = "ActorDiedError"
 
 
 class ServeClient:
@@ -54,6 +54,7 @@ class ServeClient:
             except ServingError as error:
                 if not tries_left or _INGRESS_DIED not in str(error):
                     raise
+                progress("deploy", "an ingress was slow to start and Serve gave it up; once more")
                 time.sleep(_AGAIN_S)
 
     def _call(self, method: str, **options: Any) -> requests.Response:
