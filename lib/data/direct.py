@@ -36,7 +36,7 @@ def read_split(storage: Storage, manifest: Manifest, split: str) -> tuple[Images
     return images.reshape(-1, *manifest.shape), labels
 
 
-def read_rows(
+def read_some(
     storage: Storage, manifest: Manifest, split: str, rows: npt.NDArray[np.int64]
 ) -> tuple[Images, Labels]:
     """Return some rows of a split, given by their increasing places in shard order.

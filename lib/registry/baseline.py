@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lib.cli import progress
-from lib.data.direct import read_rows
+from lib.data.direct import read_some
 from lib.data.loader import read_splits
 from lib.data.manifest import Manifest
 from lib.errors import RefusedError
@@ -51,7 +51,7 @@ def ensure_baseline(storage: Storage, manifest: Manifest) -> Baseline:
         return Baseline(**storage.read_json(path))
     progress("register", "training the baseline, a logistic regression on the same data")
     rows = sampled_rows(manifest.rows("train"), manifest.shape, manifest.num_classes)
-    images_NHWC, labels_N = read_rows(storage, manifest, "train", rows)
+    images_NHWC, labels_N = read_some(storage, manifest, "train", rows)
     val = read_splits(storage, manifest, ["val"])["val"]
     baseline = train_baseline(
         images_NHWC, labels_N, val.images_NHWC, val.labels_N, manifest.num_classes

@@ -13,7 +13,7 @@ import torch
 
 from lib.config import preset
 from lib.data import stream
-from lib.data.direct import read_rows, read_split
+from lib.data.direct import read_some, read_split
 from lib.data.manifest import Manifest
 from lib.errors import DataError
 from lib.registry.baseline import sampled_rows
@@ -92,7 +92,7 @@ def test_the_baseline_reads_only_rows_that_it_trains_on(made: tuple[Storage, Man
     storage, manifest = made
     images, labels = read_split(storage, manifest, "train")
     rows = np.array([0, 3, 199, 200, 399])
-    found = read_rows(storage, manifest, "train", rows)
+    found = read_some(storage, manifest, "train", rows)
     assert np.array_equal(found[0], images[rows])
     assert np.array_equal(found[1], labels[rows])
     sample = sampled_rows(7_000_000, (28, 28, 1), 10)
@@ -101,6 +101,6 @@ def test_the_baseline_reads_only_rows_that_it_trains_on(made: tuple[Storage, Man
 
     damaged = next(shard for shard in manifest.shards if shard.split == "train")
     storage.write(damaged.path, b"PAR1")
-    assert len(read_rows(storage, manifest, "train", np.array([250]))[1]) == 1
+    assert len(read_some(storage, manifest, "train", np.array([250]))[1]) == 1
     with pytest.raises(DataError, match="is damaged"):
-        read_rows(storage, manifest, "train", np.array([10, 250]))
+        read_some(storage, manifest, "train", np.array([10, 250]))
