@@ -18,8 +18,8 @@ import ray
 
 from lib.cli import run
 from lib.errors import LineError
-from lib.train.lender import look
-from lib.train.usage import print_usage, usage
+from lib.leases.lender import look
+from lib.leases.usage import print_usage, usage
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lib.errors import ConfigError
-from lib.owners import read_limits
+from lib.leases.owners import read_limits
 from lib.secrets import refuse_password
 from lib.selector import read_selector
 

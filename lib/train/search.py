@@ -15,13 +15,13 @@ from typing import Any
 from lib.cli import progress as say
 from lib.config import Settings
 from lib.errors import ConfigError, SearchError
+from lib.leases.lender import RayLender, share_of
 from lib.registry.tracking import SweepRecord, SweepRun, reopen_sweep, start_sweep
 from lib.storage import Storage
 from lib.train.experiment import Experiment
 from lib.train.feed import Feed
 from lib.train.gauges import SweepGauges
 from lib.train.journal import Journal
-from lib.train.lender import RayLender, share_of
 from lib.train.progress import ASKED, CLOSED, RECORDED, REOPENED, SESSION, Progress
 from lib.train.result import SweepResult
 from lib.train.samplers import Study, sampler_name

@@ -14,7 +14,7 @@ from lib.train.trainable import RESUME
 
 
 class Slots(Protocol):
-    """How many trials may be under way: `lib.train.share.Share`."""
+    """How many trials may be under way: `lib.leases.share.Share`."""
 
     @property
     def limit(self) -> int:

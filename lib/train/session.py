@@ -17,6 +17,7 @@ from ray import tune
 from lib.cli import progress as say
 from lib.config import Settings
 from lib.errors import SearchError
+from lib.leases.share import Share
 from lib.registry.tracking import SweepRecord, SweepRun
 from lib.storage import Storage
 from lib.train import album
@@ -29,7 +30,6 @@ from lib.train.result import SweepResult, trial_result
 from lib.train.samplers import Study
 from lib.train.schedulers import build_scheduler, scheduler_of
 from lib.train.searcher import StudySearcher, TrialSource
-from lib.train.share import Share
 from lib.train.trainable import Desk
 from lib.train.work import Work
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from lib.leases.ledger import Ask, Leases
 from lib.storage import Storage
 from lib.train.experiment import (
     DOUBLE,
@@ -22,7 +23,6 @@ from lib.train.experiment import (
 )
 from lib.train.gauges import SweepGauges
 from lib.train.journal import Journal
-from lib.train.leases import Ask, Leases
 from lib.train.progress import ENDED, FINISHED, REPORTED, SESSION, Progress, pareto_front
 from lib.train.samplers import Study
 from lib.train.searcher import StudySearcher

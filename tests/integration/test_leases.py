@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import ray
 
+from lib.leases.lender import LEASE_S, look
 from lib.provenance import VARIABLE, Provenance
 from lib.storage import Storage
-from lib.train.lender import LEASE_S, look
 from tests.sweeps import NUM_EPOCHS
 
 pytestmark = pytest.mark.long

@@ -14,14 +14,14 @@ import pytest
 
 from lib.config import Settings
 from lib.errors import ConfigError, SearchError
+from lib.leases.ledger import Ask, Grant, Leases
+from lib.leases.share import Share
 from lib.registry.tracking import SweepRun
 from lib.storage import Storage
 from lib.train.asked import Asked, limits_asked_for, search_asked_for
-from lib.train.leases import Ask, Grant, Leases
 from lib.train.resources import TrialResources
 from lib.train.result import SweepResult
 from lib.train.search import resume_sweep, run_sweep
-from lib.train.share import Share
 from tests.unit.test_katib import TEMPLATE
 
 SETTINGS = Settings(storage="/nowhere", mlflow_uri="http://127.0.0.1:9")

@@ -10,9 +10,9 @@ import pytest
 
 from lib.config import Settings
 from lib.errors import ConfigError
-from lib.owners import limit_of, read_limits
-from lib.train.leases import Ask, Leases
-from lib.train.usage import usage
+from lib.leases.ledger import Ask, Leases
+from lib.leases.owners import limit_of, read_limits
+from lib.leases.usage import usage
 
 LEASE_S = 15.0
 ROOM = {"CPU": 2.0, "GPU": 0.0}

@@ -12,16 +12,16 @@ from typing import Any, cast
 
 import pytest
 
+from lib.leases.ledger import Ask, Grant
+from lib.leases.lender import Lender
+from lib.leases.share import LenderAwayError, Share
 from lib.storage import Storage
 from lib.train.experiment import DOUBLE, MAXIMIZE, Experiment, Named, Objective, Parameter
 from lib.train.journal import Journal
-from lib.train.leases import Ask, Grant
-from lib.train.lender import Lender
 from lib.train.progress import SESSION, Progress
 from lib.train.samplers import Study
 from lib.train.schedulers import AtRungs
 from lib.train.searcher import StudySearcher, TrialSource
-from lib.train.share import LenderAwayError, Share
 
 FREE = {"CPU": 2.0}
 EXPERIMENT = Experiment(
@@ -56,8 +56,8 @@ class Remote:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.train.share.BEAT_S", 0.1)
-    monkeypatch.setattr("lib.train.share._WAITING_BEAT_S", 0.02)
+    monkeypatch.setattr("lib.leases.share.BEAT_S", 0.1)
+    monkeypatch.setattr("lib.leases.share._WAITING_BEAT_S", 0.02)
 
 
 def share(remote: Remote, owner: str, limit: int | None = None) -> Share:
@@ -141,7 +141,7 @@ def test_a_slot_is_asked_for_again_and_goes_to_who_waits(
 def test_without_a_lender_the_sweep_runs_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lib.train.share._ANSWER_S", 0.3)
+    monkeypatch.setattr("lib.leases.share._ANSWER_S", 0.3)
     remote = Remote()
     remote.is_away = True
     with share(remote, "ann") as mine:

@@ -18,10 +18,10 @@ from ray.exceptions import RayError
 
 from lib import provenance
 from lib.config import Settings
-from lib.owners import limit_of, read_limits
-from lib.train.leases import Amounts, Ask, Grant, Leases
+from lib.leases.ledger import Amounts, Ask, Grant, Leases
+from lib.leases.owners import limit_of, read_limits
+from lib.leases.share import BEAT_S, LenderAwayError, Share
 from lib.train.resources import free_for_trials
-from lib.train.share import BEAT_S, LenderAwayError, Share
 
 NAME, NAMESPACE = "leases-1", "rayline"
 """The number changes with what is said between the actor and its callers."""

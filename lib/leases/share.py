@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Protocol
 
 from lib.cli import progress as say
-from lib.train.leases import Amounts, Ask, Grant
+from lib.leases.ledger import Amounts, Ask, Grant
 
 BEAT_S = 2.0
 """Between renewals."""
@@ -35,7 +35,7 @@ class LenderAwayError(Exception):
 
 
 class Remote(Protocol):
-    """Who lends the slots: `lib.train.lender`."""
+    """Who lends the slots: `lib.leases.lender`."""
 
     def renew(self, ask: Ask) -> Grant:
         """Renew a lease; raises LenderAwayError."""

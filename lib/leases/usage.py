@@ -16,7 +16,7 @@ def usage(seen: Mapping[str, Any] | None, total: Mapping[str, float]) -> dict[st
     """Return who uses what, as JSON types.
 
     Args:
-        seen: What `lib.train.lender.look` returned.
+        seen: What `lib.leases.lender.look` returned.
         total: All resources of the cluster.
     """
     leases = seen["leases"] if seen else []
