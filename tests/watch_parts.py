@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from scipy import ndimage
 
-from lib.data.manifest import Manifest, Preprocess, Shard, manifest_path
+from lib.data.manifest import Manifest, Preprocess, manifest_path
+from lib.data.shards import row_ids, store_shard, to_parquet
 from lib.errors import StorageError
 from lib.serving import policy
 from lib.serving.bundle import Card, write_bundle
@@ -226,28 +226,9 @@ def write_set(storage: Storage, splits: Mapping[str, slice], *, shard_rows: int 
         mine, its = images[rows], labels[rows]
         counts[split] = tuple(int(count) for count in np.bincount(its, minlength=10))
         for start in range(0, len(mine), shard_rows):
-            part = mine[start : start + shard_rows].reshape(-1, 784)
-            table = pa.table(
-                {
-                    "image": pa.array([row.tobytes() for row in part], pa.binary(784)),
-                    "label": its[start : start + shard_rows],
-                }
-            )
-            sink = pa.BufferOutputStream()
-            pq.write_table(table, sink)
-            content = sink.getvalue().to_pybytes()
-            sha256 = hashlib.sha256(content).hexdigest()
-            path = f"data/shards/{sha256[:32]}.parquet"
-            storage.write(path, content)
-            shards.append(
-                Shard(
-                    split=split,
-                    path=path,
-                    rows=len(part),
-                    sha256=sha256,
-                    size_bytes=len(content),
-                )
-            )
+            part = mine[start : start + shard_rows]
+            content = to_parquet(part, its[start : start + shard_rows], row_ids(part))
+            shards.append(store_shard(storage, split, len(part), content))
     manifest = Manifest(
         digest=hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:32],
         source="mnist",

@@ -10,6 +10,10 @@ Live images never come from exactly the distribution of the training images, and
 any difference is "significant". So the hypothesis tested is that no distribution function is
 further than `tolerance` from the training data's anywhere.
 
+A version that was trained again on live requests knows two populations: the images that were
+ingested, and those requests. Any mixture of both is what it was trained for, so the hypothesis is
+that there is one which the window agrees with: the mixture that speaks most against drift counts.
+
 The reference is a sample of these, and the same one for every window: were its own error part of
 each test, as in a two-sample test, a small sample that happens to be off would look like drift
 again and again. So that error is bounded once, by the inequality of Dvoretzky, Kiefer and Wolfowitz
@@ -40,6 +44,8 @@ alarm, with this one 1 %; of windows of 250 it is 1.6 % and 0.2 %.
 """
 _REFERENCE_LEVEL = 0.1
 """Chance that any distribution function of the reference is further off than it is taken to be."""
+_MIXTURES = 11
+"""From the first population alone to the second alone."""
 INPUTS, PREDICTIONS = "inputs", "predictions"
 MIN_ANSWERS = 50
 """Answers of a version in a window below which they are not tested."""
@@ -71,21 +77,41 @@ class Answers:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reference:
-    """What requests are compared with."""
+class Population:
+    """A sample of images that the champion was trained for."""
 
     features_NF: npt.NDArray[np.float32]
-    """Of a sample of the training images; every column by itself in ascending order."""
-    feature_names: tuple[str, ...]
-    grid: tuple[int, int]
-    """The first rows·columns features are the cells of this grid."""
-    class_names: tuple[str, ...]
+    """Every column by itself in ascending order."""
     answers: Mapping[int, Answers] = field(default_factory=dict)
     """Version → its answers to held-out images; on those it was trained with it is too sure."""
 
     def __post_init__(self) -> None:
         """Sort the columns: all that is compared are their distributions."""
         object.__setattr__(self, "features_NF", np.sort(self.features_NF, axis=0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """What requests are compared with."""
+
+    populations: tuple[Population, ...]
+    """One or two: images that were ingested, and live requests."""
+    feature_names: tuple[str, ...]
+    grid: tuple[int, int]
+    """The first rows·columns features are the cells of this grid."""
+    class_names: tuple[str, ...]
+
+    @property
+    def weights_MP(self) -> Floats:
+        """The mixtures that are tried: of M, the share of each of P populations."""
+        if len(self.populations) == 1:
+            return np.ones((1, 1))
+        live_M = np.linspace(0.0, 1.0, _MIXTURES)
+        return np.stack([1.0 - live_M, live_M], axis=1)
+
+    def answers(self, version: int) -> list[Answers]:
+        """Return a version's answers to each population; it may know the first one alone."""
+        return [known.answers[version] for known in self.populations if version in known.answers]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,26 +198,39 @@ def score(
     reference: Reference, window: Window, *, level: float = LEVEL, tolerance: float = TOLERANCE
 ) -> DriftResult:
     """Test a window against the reference; nothing that could be tested is no drift."""
-    tests = _Tests()
-    heat_map: tuple[tuple[float, ...], ...] = ()
+    weights_MP = reference.weights_MP
+    mixtures = [_Tests() for _ in weights_MP]
+    heat_maps: list[tuple[tuple[float, ...], ...]] = [() for _ in weights_MP]
+    classes: list[dict[int, tuple[float, ...]]] = [{} for _ in weights_MP]
     if len(window.features_NF):
-        found, p_values = compare(window.features_NF, reference.features_NF, tolerance)
-        tests.add(INPUTS, reference.feature_names, found, p_values)
+        samples = [population.features_NF for population in reference.populations]
+        found_MF, p_values_MF = compare(window.features_NF, samples, weights_MP, tolerance)
         rows, columns = reference.grid
-        cells = found[: rows * columns].reshape(rows, columns)
-        heat_map = tuple(tuple(float(value) for value in row) for row in cells)
-    classes: dict[int, tuple[float, ...]] = {}
+        for mixture, tests in enumerate(mixtures):
+            found = found_MF[mixture]
+            tests.add(INPUTS, reference.feature_names, found, p_values_MF[mixture])
+            cells = found[: rows * columns].reshape(rows, columns)
+            heat_maps[mixture] = tuple(tuple(float(value) for value in row) for row in cells)
     for version, answers in window.answers.items():
-        held_out = reference.answers.get(version)
-        if held_out is None or len(answers) < MIN_ANSWERS:
+        held_out = reference.answers(version)
+        if not held_out or len(answers) < MIN_ANSWERS:
             continue
-        found, p_values = _compare_answers(answers, held_out, len(reference.class_names), tolerance)
+        # A version of other data than the champion's may have learned of one population alone.
+        weights = weights_MP if len(held_out) > 1 else np.ones((len(weights_MP), 1))
+        found_MT, p_values_MT = _compare_answers(
+            answers, held_out, weights, len(reference.class_names), tolerance
+        )
         what = ["confidence", "entropy", *(f"class {name}" for name in reference.class_names)]
         names = [f"version {version}: {name}" for name in what]
-        tests.add(PREDICTIONS, names, found, p_values)
-        classes[version] = tuple(float(value) for value in found[2:])
+        for mixture, tests in enumerate(mixtures):
+            tests.add(PREDICTIONS, names, found_MT[mixture], p_values_MT[mixture])
+            classes[mixture][version] = tuple(float(value) for value in found_MT[mixture, 2:])
     num_rows = max(len(window.features_NF), sum(map(len, window.answers.values())))
-    return _result(tests, num_rows, level, heat_map, classes)
+    results = [
+        _result(tests, num_rows, level, heat_map, its_classes)
+        for tests, heat_map, its_classes in zip(mixtures, heat_maps, classes, strict=True)
+    ]
+    return max(results, key=lambda result: (result.p_value, -result.score))
 
 
 def _result(
@@ -233,20 +272,26 @@ def _result(
 
 
 def compare(
-    window_NF: npt.NDArray[np.float32], reference_MF: npt.NDArray[np.float32], tolerance: float
+    window_NF: npt.NDArray[np.float32],
+    samples: Sequence[npt.NDArray[np.float32]],
+    weights_MP: Floats,
+    tolerance: float,
 ) -> tuple[Floats, Floats]:
-    """Return signed Kolmogorov–Smirnov distance and p-value of every column.
+    """Return signed Kolmogorov–Smirnov distance and p-value, (M, F), of M mixtures of P samples.
 
-    The reference's columns are each in ascending order. By the triangle inequality the distance to
+    A sample's columns are each in ascending order. By the triangle inequality the distance to
     a distribution that is so far away exceeds the usual statistic by no more than that: without it,
     the usual distribution gives the p-value. Ties, such as cells that are always black, make it
     larger than it need be, never smaller.
     """
-    columns = zip(np.sort(window_NF, axis=0).T, reference_MF.T, strict=True)
-    distance = np.array([_distance(ours, theirs) for ours, theirs in columns])
-    allowed = tolerance + reference_error(*reference_MF.shape)
-    p_value = stats.kstwo.sf(np.maximum(np.abs(distance) - allowed, 0), len(window_NF))
-    return distance, np.clip(p_value, 0, 1)
+    columns = zip(np.sort(window_NF, axis=0).T, *(sample.T for sample in samples), strict=True)
+    distance_MF = np.stack(
+        [_distances(ours, theirs, weights_MP) for ours, *theirs in columns], axis=1
+    )
+    errors_P = [reference_error(*sample.shape) for sample in samples]
+    allowed_M1 = (tolerance + weights_MP @ errors_P)[:, None]
+    p_value_MF = stats.kstwo.sf(np.maximum(np.abs(distance_MF) - allowed_M1, 0), len(window_NF))
+    return distance_MF, np.clip(p_value_MF, 0, 1)
 
 
 def reference_error(num_rows: int, num_columns: int) -> float:
@@ -254,47 +299,56 @@ def reference_error(num_rows: int, num_columns: int) -> float:
     return math.sqrt(math.log(2 * num_columns / _REFERENCE_LEVEL) / (2 * num_rows))
 
 
-def _distance(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> float:
-    """Return the largest distance of the distribution functions of two ascending samples.
+def _distances(
+    ours: npt.NDArray[np.float32],
+    samples: Sequence[npt.NDArray[np.float32]],
+    weights_MP: Floats,
+) -> Floats:
+    """Return the largest distance of our distribution function from that of each mixture, (M,).
 
-    As `scipy.stats.ks_2samp` has it, but the reference need not be sorted each time, which takes
-    nearly all of that one's time. The functions are furthest apart at, or just before, one of our
-    values.
+    As `scipy.stats.ks_2samp` has it of ascending samples, but the reference need not be sorted each
+    time, which takes nearly all of that one's time. The functions are furthest apart at, or just
+    before, one of our values.
     """
 
-    def above(side: Literal["left", "right"]) -> Floats:
-        at_theirs = np.searchsorted(theirs, ours, side) / len(theirs)
-        return np.asarray(at_theirs - np.searchsorted(ours, ours, side) / len(ours))
+    def above_MN(side: Literal["left", "right"]) -> Floats:
+        at_theirs_PN = np.stack([np.searchsorted(s, ours, side) / len(s) for s in samples])
+        at_ours_N = np.searchsorted(ours, ours, side) / len(ours)
+        return np.asarray(weights_MP @ at_theirs_PN - at_ours_N)
 
     # Where our function is below theirs, our values are the larger ones.
-    larger, smaller = float(above("left").max()), float(-above("right").min())
-    return larger if larger >= smaller else -smaller
+    larger_M, smaller_M = above_MN("left").max(axis=1), -above_MN("right").min(axis=1)
+    return np.where(larger_M >= smaller_M, larger_M, -smaller_M)
 
 
 def _compare_answers(
-    answers: Answers, held_out: Answers, num_classes: int, tolerance: float
+    answers: Answers,
+    held_out: Sequence[Answers],
+    weights_MP: Floats,
+    num_classes: int,
+    tolerance: float,
 ) -> tuple[Floats, Floats]:
-    ours, theirs = (
-        np.stack([given.confidence_N, given.entropy_N], axis=1) for given in (answers, held_out)
+    """Return distances and p-values, (M, 2 + K): confidence, entropy, the share of each class."""
+    ours, *theirs = (
+        np.stack([given.confidence_N, given.entropy_N], axis=1) for given in (answers, *held_out)
     )
-    distance, p_value = compare(ours, np.sort(theirs, axis=0), tolerance)
-    counts, reference = (
-        np.bincount(given.predicted_N, minlength=num_classes) for given in (answers, held_out)
+    distance, p_value = compare(ours, [np.sort(s, axis=0) for s in theirs], weights_MP, tolerance)
+    counts, *known = (
+        np.bincount(given.predicted_N, minlength=num_classes) for given in (answers, *held_out)
     )
-    shares = counts / len(answers) - reference / len(held_out)
-    p_shares = _share_p_values(counts, reference, tolerance)
-    return np.concatenate([distance, shares]), np.concatenate([p_value, p_shares])
+    shares_MK = weights_MP @ [its / its.sum() for its in known]
+    errors_P = [reference_error(len(given), num_classes) for given in held_out]
+    allowed_M1 = (tolerance + weights_MP @ errors_P)[:, None]
+    shift_MK = counts / len(answers) - shares_MK
+    p_shares_MK = _share_p_values(counts, shares_MK, allowed_M1)
+    return np.hstack([distance, shift_MK]), np.hstack([p_value, p_shares_MK])
 
 
-def _share_p_values(
-    counts: npt.NDArray[np.int64], reference: npt.NDArray[np.int64], tolerance: float
-) -> Floats:
+def _share_p_values(counts: npt.NDArray[np.int64], shares_MK: Floats, allowed_M1: Floats) -> Floats:
     """Return the exact p-value of every class, two-sided, of the nearest share allowed."""
-    num, num_reference = int(counts.sum()), int(reference.sum())
-    shares = reference / num_reference
-    allowed = tolerance + reference_error(num_reference, len(reference))
-    upper = stats.binom.sf(counts - 1, num, np.minimum(shares + allowed, 1.0))
-    lower = stats.binom.cdf(counts, num, np.maximum(shares - allowed, 0.0))
+    num = int(counts.sum())
+    upper = stats.binom.sf(counts - 1, num, np.minimum(shares_MK + allowed_M1, 1.0))
+    lower = stats.binom.cdf(counts, num, np.maximum(shares_MK - allowed_M1, 0.0))
     return np.asarray(np.minimum(1.0, 2 * np.minimum(upper, lower)), dtype=np.float64)
 
 

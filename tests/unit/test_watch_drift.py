@@ -13,6 +13,7 @@ from scipy import stats
 from lib.watch.drift import (
     LEVEL,
     Answers,
+    Population,
     Reference,
     Window,
     compare,
@@ -32,12 +33,21 @@ ROWS = 250
 def reference() -> Reference:
     images, _ = digits("train")
     chosen = np.random.default_rng(0).permutation(np.arange(8000, len(images)))
+    return of(population(images[chosen[:10_000]], images[chosen[10_000:16_000]]))
+
+
+def population(train_NHWC: Images, held_out_NHWC: Images) -> Population:
+    return Population(
+        features_NF=features(train_NHWC), answers={1: Answers.of(predict(held_out_NHWC))}
+    )
+
+
+def of(*populations: Population) -> Reference:
     return Reference(
-        features_NF=features(images[chosen[:10_000]]),
+        populations=populations,
         feature_names=feature_names((28, 28, 1)),
         grid=grid_shape((28, 28, 1)),
         class_names=tuple("0123456789"),
-        answers={1: Answers.of(predict(images[chosen[10_000:16_000]]))},
     )
 
 
@@ -48,6 +58,18 @@ def window(images_NHWC: Images) -> Window:
 @cache
 def unchanged() -> Window:
     return window(digits("test")[0])
+
+
+def joined(one: Window, other: Window) -> Window:
+    fields = ("predicted_N", "confidence_N", "entropy_N")
+    values = [
+        np.concatenate([getattr(window.answers[1], name) for window in (one, other)])
+        for name in fields
+    ]
+    return Window(
+        features_NF=np.concatenate([one.features_NF, other.features_NF]),
+        answers={1: Answers(**dict(zip(fields, values, strict=True)))},
+    )
 
 
 def some(whole: Window, rows: npt.NDArray[np.int64]) -> Window:
@@ -189,7 +211,8 @@ def test_the_distance_is_scipys_and_the_error_of_the_reference_is_allowed_for() 
     # With many ties, as in cells that are mostly black, and in the other direction.
     ours[:, 2:], theirs[:, 2:] = np.round(ours[:, 2:]), np.round(theirs[:, 2:])
     ours[:, 3] -= 1
-    distance, p_value = compare(ours, np.sort(theirs, axis=0), 0.0)
+    alone = np.ones((1, 1))
+    (distance,), (p_value,) = compare(ours, [np.sort(theirs, axis=0)], alone, 0.0)
     for column in range(4):
         known = stats.ks_2samp(ours[:, column], theirs[:, column], method="asymp")
         assert distance[column] == pytest.approx(-known.statistic_sign * known.statistic)
@@ -198,8 +221,36 @@ def test_the_distance_is_scipys_and_the_error_of_the_reference_is_allowed_for() 
         assert p_value[column] > known.pvalue
     assert list(np.sign(distance)) == [1, 1, 1, -1]
     # And what is as far away as tolerated is no evidence.
-    _, tolerant = compare(ours[:, :3], np.sort(theirs[:, :3], axis=0), 0.2)
+    _, tolerant = compare(ours[:, :3], [np.sort(theirs[:, :3], axis=0)], alone, 0.2)
     assert (tolerant > 0.5).all()
+
+
+@pytest.mark.parametrize("live_share", [0.0, 0.3, 1.0])
+def test_any_mixture_of_what_a_version_was_trained_for_is_no_drift(live_share: float) -> None:
+    images, _ = digits("train")
+    ours = np.random.default_rng(2).permutation(np.arange(40_000, 50_000))
+    live = population(inverted(images[ours[:600]]), inverted(images[ours[600:900]]))
+    both, num = of(*reference().populations, live), 20
+    strange, rng = window(inverted(digits("test")[0])), np.random.default_rng(3)
+    alarms = {"both": 0, "ingested": 0, "other": 0}
+    for rows in rng.permutation(10_000)[: num * ROWS].reshape(num, ROWS):
+        cut = round(live_share * ROWS)
+        part = joined(some(strange, rows[:cut]), some(unchanged(), rows[cut:]))
+        alarms["both"] += score(both, part).alarm
+        alarms["ingested"] += score(reference(), part).alarm
+        # Neither of the two, nor between them.
+        alarms["other"] += score(both, window(shifted(digits("test")[0][rows]))).alarm
+    assert alarms == {"both": 0, "ingested": num if live_share else 0, "other": num}
+
+
+def test_a_version_that_knows_one_population_is_tested_against_that() -> None:
+    first = reference().populations[0]
+    other = Population(features_NF=255 - first.features_NF)
+    strange = Answers.of(predict(inverted(digits("test")[0][:1000])))
+    nothing = np.empty((0, 52), np.float32)
+    result = score(of(first, other), Window(features_NF=nothing, answers={1: strange}))
+    assert result.alarm
+    assert set(result.classes) == {1}
 
 
 def test_a_small_reference_that_happens_to_be_off_is_no_drift_however_often_one_looks() -> None:
@@ -207,7 +258,7 @@ def test_a_small_reference_that_happens_to_be_off_is_no_drift_however_often_one_
     for seed in range(6):
         rng = np.random.default_rng(seed)
         few = Reference(
-            features_NF=rng.normal(size=(400, 5)).astype(np.float32),
+            populations=(Population(features_NF=rng.normal(size=(400, 5)).astype(np.float32)),),
             feature_names=tuple("abcde"),
             grid=(0, 0),
             class_names=("0", "1"),
