@@ -11,6 +11,7 @@ from optuna.trial import create_trial
 
 from lib.cli import progress as say
 from lib.train import pictures
+from lib.train.axes import readable
 from lib.train.experiment import MAXIMIZE, Experiment
 from lib.train.pictures import Drawn
 from lib.train.progress import CUT, FAILED, FINISHED, STOPPED, TrialState
@@ -137,7 +138,7 @@ def _importance(experiment: Experiment, trials: Sequence[TrialState], step: str)
     if min(len(observations), len(varied)) < _MIN_OBSERVATIONS or len(different) < 2:
         return None
     shares = importance(experiment, observations)
-    of = f"{pictures.readable(metric)}, {what}, {len(observations)} trials, by fANOVA"
+    of = f"{readable(metric)}, {what}, {len(observations)} trials, by fANOVA"
     return pictures.importance(shares, of) if shares else None
 
 

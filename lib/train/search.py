@@ -16,7 +16,8 @@ from lib.cli import progress as say
 from lib.config import Settings
 from lib.errors import ConfigError, SearchError
 from lib.leases.lender import RayLender, share_of
-from lib.registry.tracking import SweepRecord, SweepRun, reopen_sweep, start_sweep
+from lib.registry.sweep_runs import SweepRun, reopen_sweep, start_sweep
+from lib.registry.tracking import SweepRecord
 from lib.storage import Storage
 from lib.train.experiment import Experiment
 from lib.train.feed import Feed

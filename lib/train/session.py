@@ -18,7 +18,8 @@ from lib.cli import progress as say
 from lib.config import Settings
 from lib.errors import SearchError
 from lib.leases.share import Share
-from lib.registry.tracking import SweepRecord, SweepRun
+from lib.registry.sweep_runs import SweepRun
+from lib.registry.tracking import SweepRecord
 from lib.storage import Storage
 from lib.train import album
 from lib.train.experiment import Experiment

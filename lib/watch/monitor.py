@@ -21,9 +21,9 @@ from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
 from lib.watch import memory as memories
 from lib.watch import quality, triggers, view
-from lib.watch.drift import Reference
 from lib.watch.memory import Memory, Recalled
 from lib.watch.monitor_world import Interrupted, Log, Retrains
+from lib.watch.populations import Reference
 from lib.watch.reference import load_reference, reference_key
 from lib.watch.rows import QUALITY_COLUMNS, quality_rows
 from lib.watch.sequence import Evidence

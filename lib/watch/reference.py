@@ -25,8 +25,8 @@ from lib.registry.evaluate import predict_all
 from lib.serving.bundle import read_card
 from lib.serving.predictor import load_predictor
 from lib.storage import Storage
-from lib.watch.drift import Answers, Population, Reference
 from lib.watch.features import feature_names, features, grid_shape
+from lib.watch.populations import Answers, Population, Reference
 
 ROWS = 10_000
 """Rows of a sample at most: with more, a window's own size is what limits a test."""

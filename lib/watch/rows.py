@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lib.watch.drift import Answers, Window
+from lib.watch.populations import Answers, Window
 from lib.watch.quality import FAILED, NO_LABEL, Rows
 
 QUALITY_COLUMNS = (

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from lib.watch import drift
-from lib.watch.drift import Reference
 from lib.watch.memory import Memory
+from lib.watch.populations import Reference
 from lib.watch.rows import DRIFT_COLUMNS, drift_rows, drift_window
 from lib.watch.sequence import BLOCK
 

@@ -18,7 +18,8 @@ from lib.data.ingest import ingest
 from lib.data.loader import read_splits
 from lib.data.manifest import Manifest
 from lib.errors import RegistryError, SearchError
-from lib.registry.tracking import PACKAGES, SweepRecord, start_sweep
+from lib.registry.sweep_runs import PACKAGES, start_sweep
+from lib.registry.tracking import SweepRecord
 from lib.registry.trials import CHECKPOINT_PATH, ranked_trials
 from lib.storage import Storage
 from lib.train.experiment import DISCRETE, MAXIMIZE, MINIMIZE, Experiment, Objective, Parameter

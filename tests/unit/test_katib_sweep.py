@@ -16,7 +16,7 @@ from lib.config import Settings
 from lib.errors import ConfigError, SearchError
 from lib.leases.ledger import Ask, Grant, Leases
 from lib.leases.share import Share
-from lib.registry.tracking import SweepRun
+from lib.registry.sweep_runs import SweepRun
 from lib.storage import Storage
 from lib.train.asked import Asked, limits_asked_for, search_asked_for
 from lib.train.resources import TrialResources

@@ -14,6 +14,7 @@ from PIL import Image
 
 from lib.storage import Storage
 from lib.train import album, pictures
+from lib.train.axes import ParameterScale
 from lib.train.experiment import (
     CATEGORICAL,
     DISCRETE,
@@ -118,7 +119,7 @@ def test_parameters_lie_on_their_axes(tmp_path: Path) -> None:
     assert segments[-1][-1][1] == 1.0, "the best one ends on top, and is drawn last"
     names = [label.get_text() for label in axes.get_xticklabels()]
     assert names[0] == "learning\nrate"
-    low = pictures._ParameterScale(PARAMETERS[0])
+    low = ParameterScale(PARAMETERS[0])
     assert low.place(0.0316227766) == pytest.approx(0.5), "on a logarithmic axis"
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from lib.config import Settings
 from lib.errors import SearchError
-from lib.registry.tracking import SweepRecord, SweepRun
+from lib.registry.sweep_runs import SweepRun
+from lib.registry.tracking import SweepRecord
 from lib.storage import Storage
 from lib.train.experiment import DOUBLE, MAXIMIZE, Experiment, Named, Objective, Parameter
 from lib.train.feed import Feed

@@ -10,18 +10,10 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from lib.watch.drift import (
-    LEVEL,
-    Answers,
-    Population,
-    Reference,
-    Window,
-    compare,
-    holm,
-    reference_error,
-    score,
-)
+from lib.watch.distances import compare, holm, reference_error
+from lib.watch.drift import LEVEL, score
 from lib.watch.features import feature_names, features, grid_shape
+from lib.watch.populations import Answers, Population, Reference, Window
 from lib.watch.sequence import BLOCK, THRESHOLD, Evidence, bet
 from tests.watch_parts import Images, blurred, digits, inverted, other_digits, predict, shifted
 

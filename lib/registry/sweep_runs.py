@@ -1,0 +1,129 @@
+"""The parent run of a sweep in MLflow: opened, or opened again."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+from lib import provenance
+from lib.config import Settings
+from lib.data.manifest import Manifest, manifest_path
+from lib.registry.server import connect, explained
+from lib.storage import Storage
+
+PACKAGES = ("ray", "torch", "torchvision", "mlflow", "optuna", "numpy", "pyarrow")
+"""Packages whose version can change what a trial learns; recorded on every run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepRun:
+    """The parent run of a sweep, and what all of its trials' runs carry."""
+
+    run_id: str
+    experiment_id: str
+    tags: Mapping[str, str]
+
+
+def start_sweep(
+    settings: Settings,
+    storage: Storage,
+    *,
+    name: str,
+    manifest: Manifest | None,
+    tags: Mapping[str, str],
+    facts: Mapping[str, Any],
+    experiment: Mapping[str, Any],
+) -> SweepRun:
+    """Open the parent run of a sweep in the experiment `rayline/<model name>`.
+
+    `facts` become parameters of the sweep, `tags` are on its trials too, and `experiment`, all that
+    was asked for, becomes an artifact. Raises RegistryError if MLflow can't be reached.
+    """
+    client = connect_quietly(settings)
+    group = f"rayline/{settings.model}"
+    common = {**_common_tags(manifest), **tags}
+    with explained(settings, "starting the record of a sweep"):
+        found = client.get_experiment_by_name(group)
+        experiment_id = found.experiment_id if found else client.create_experiment(group)
+        run = client.create_run(
+            experiment_id,
+            run_name=f"sweep-{name}-{time.strftime('%Y%m%d-%H%M%S')}",
+            tags={**common, "rayline.kind": "sweep"},
+        )
+        run_id = run.info.run_id
+        client.log_batch(run_id, params=as_params(facts))
+        client.log_text(run_id, json.dumps(experiment, indent=2), "experiment.json")
+        if manifest is not None:
+            client.log_inputs(run_id, [_dataset_input(storage, manifest)])
+        diff = provenance.current().diff
+        if diff:
+            client.log_text(run_id, diff, "provenance/uncommitted.patch")
+    return SweepRun(run_id=run_id, experiment_id=experiment_id, tags=common)
+
+
+def reopen_sweep(settings: Settings, sweep_run_id: str) -> SweepRun:
+    """Return the run of a sweep that goes on; raise RegistryError if MLflow has none such."""
+    client = connect_quietly(settings)
+    with explained(settings, f"looking up sweep {sweep_run_id}"):
+        run = client.get_run(sweep_run_id)
+        client.update_run(sweep_run_id, status="RUNNING")
+    common = {
+        name: value
+        for name, value in run.data.tags.items()
+        if (name.startswith("rayline.") and name not in ("rayline.kind", "rayline.record_complete"))
+        or name in ("mlflow.source.git.commit", "mlflow.user")
+    }
+    return SweepRun(run_id=sweep_run_id, experiment_id=run.info.experiment_id, tags=common)
+
+
+def connect_quietly(settings: Settings) -> MlflowClient:
+    """Return a client that prints nothing at the end of a run."""
+    # The end of every trial's run would print two lines.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    return connect(settings)
+
+
+def _common_tags(manifest: Manifest | None) -> dict[str, str]:
+    code = provenance.current()
+    tags = {
+        "rayline.data_digest": manifest.digest if manifest else None,
+        "rayline.git_commit": code.commit,
+        "rayline.git_dirty": str(code.dirty).lower(),
+        "rayline.git_diff_sha256": code.diff_sha256,
+        "rayline.owner": code.owner,
+        "mlflow.source.git.commit": code.commit,
+        "mlflow.user": code.owner,
+        **{f"rayline.package.{name}": version(name) for name in PACKAGES},
+    }
+    return {name: value for name, value in tags.items() if value}
+
+
+def _dataset_input(storage: Storage, manifest: Manifest) -> DatasetInput:
+    scheme, separator, _ = storage.uri.partition("://")
+    dataset = Dataset(
+        name=manifest.source.rstrip("/").rsplit("/", 1)[-1],
+        digest=manifest.digest,
+        source_type=scheme if separator else "local",
+        source=json.dumps({"uri": f"{storage.uri}/{manifest_path(manifest.digest)}"}),
+        profile=json.dumps(
+            {
+                "shape": manifest.shape,
+                "class_names": manifest.class_names,
+                "rows": {split: manifest.rows(split) for split in manifest.counts},
+            }
+        ),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+
+
+def as_params(values: Mapping[str, Any]) -> list[Param]:
+    """Return values as MLflow's parameters."""
+    return [Param(name, str(value)) for name, value in values.items()]
