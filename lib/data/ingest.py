@@ -30,7 +30,7 @@ from lib.data.assemble import (
 from lib.data.checks import ROW_ID_BYTES, RowIds
 from lib.data.execution import quiet_ray_data
 from lib.data.manifest import SPLITS, Manifest, manifest_path
-from lib.data.shards import Chunk, ChunkResult, ShardWriter, chunk_rows
+from lib.data.shards import Chunk, ChunkResult, ShardWriter, chunk_ranges, chunk_rows
 from lib.data.sources import Opened, Source, find_source
 from lib.data.staging import Staging, check_free_space
 from lib.errors import RaylineError
@@ -126,9 +126,9 @@ def missing_shards(storage: Storage, manifest: Manifest) -> list[str]:
 def _chunks(opened: Opened, assigned: Sequence[Assigned]) -> list[Chunk]:
     step = chunk_rows(opened.shape)
     ranges = [
-        (part, start, min(start + step, part.targets.size))
+        (part, start, stop)
         for part in assigned
-        for start in range(0, part.targets.size, step)
+        for start, stop in chunk_ranges(part.targets.size, step, part.rows.ends)
     ]
     return [
         Chunk(

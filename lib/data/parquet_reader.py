@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -39,6 +40,11 @@ class ParquetReader:
     pieces: tuple[Piece, ...]
     mode: str
     """Of the data set: `L` or `RGB`."""
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Rows at which a row group ends: each is decoded as a whole, whatever is read of it."""
+        return tuple(itertools.accumulate(piece.stop - piece.start for piece in self.pieces))
 
     def part(self, start: int, stop: int) -> ParquetReader:
         """Return a reader of rows `start` to `stop`."""

@@ -87,17 +87,19 @@ class ParquetSource:
             path: _labels(path, column, class_names, classes_from)
             for path, column in columns.items()
         }
+        readers = {split: self._reader(split, heads, shape, staging) for split in self.files}
         return Opened(
             class_names=class_names,
             shape=shape,
             splits=tuple(
                 SplitRows(
                     split=split,
-                    labels=np.concatenate([labels[path] for path in paths]),
-                    reader=self._reader(split, heads, shape, staging),
+                    labels=np.concatenate([labels[path] for path in self.files[split]]),
+                    reader=reader,
+                    ends=reader.ends if isinstance(reader, ParquetReader) else (),
                     labels_name=f"{self.name}/{split}" if len(self.files) > 1 else self.name,
                 )
-                for split, paths in self.files.items()
+                for split, reader in readers.items()
             ),
         )
 

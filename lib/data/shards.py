@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,10 +85,27 @@ class ChunkResult:
 
 
 def chunk_rows(shape: Shape) -> int:
-    """Return how many rows a chunk has: part of the format, since it decides the shards."""
+    """Return how many rows a chunk has at most: part of the format, since it decides the shards."""
     row_bytes = int(np.prod(shape))
     rows = max(CHUNK_BYTES // row_bytes, MIN_CHUNK_ROWS)
     return max(1, min(rows, MAX_CHUNK_BYTES // row_bytes))
+
+
+def chunk_ranges(num_rows: int, most_rows: int, ends: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the first row of each chunk and the one after its last.
+
+    A chunk ends where a row group of the source does, if that leaves it a quarter of its size: each
+    of the two chunks that share a row group would decode all of it.
+    """
+    ranges, start = [], 0
+    while start < num_rows:
+        stop = min(start + most_rows, num_rows)
+        place = bisect.bisect_right(ends, stop)
+        if stop < num_rows and place and ends[place - 1] >= start + max(1, most_rows // 4):
+            stop = ends[place - 1]
+        ranges.append((start, stop))
+        start = stop
+    return ranges
 
 
 def process_chunk(storage: Storage, chunk: Chunk) -> ChunkResult:

@@ -29,6 +29,8 @@ class SplitRows:
     split: str
     labels: Labels
     reader: Reader
+    ends: tuple[int, ...] = ()
+    """Rows, ascending, at which what the reader decodes at once ends; none: it reads row by row."""
     labels_name: str
     """What messages about a label name."""
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib.data.readers import RawReader
-from lib.data.shards import Chunk, chunk_rows, pixel_sums, process_chunk, row_ids
+from lib.data.shards import Chunk, chunk_ranges, chunk_rows, pixel_sums, process_chunk, row_ids
 from lib.errors import StorageError
 from lib.storage import Storage
 
@@ -93,6 +93,16 @@ def test_equal_images_have_equal_ids() -> None:
 )
 def test_chunks_are_bounded_in_bytes(shape: tuple[int, int, int], rows: int) -> None:
     assert chunk_rows(shape) == rows
+
+
+def test_chunks_end_where_row_groups_do() -> None:
+    assert chunk_ranges(25, 10, ()) == [(0, 10), (10, 20), (20, 25)]
+    # Files of 23 rows in groups of 10: no group is shared.
+    ends = (10, 20, 23, 33, 43, 46)
+    assert chunk_ranges(46, 10, ends) == [(0, 10), (10, 20), (20, 23), (23, 33), (33, 43), (43, 46)]
+    # An end that leaves almost nothing is passed over; groups of several chunks are cut.
+    assert chunk_ranges(30, 10, (1, 30)) == [(0, 10), (10, 20), (20, 30)]
+    assert chunk_ranges(0, 10, ()) == []
 
 
 def test_storage_that_is_a_file_is_named(chunk: tuple[Storage, Chunk, np.ndarray]) -> None:
