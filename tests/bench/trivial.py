@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +21,11 @@ from lib.config import Settings
 from lib.storage import Storage
 from lib.train.experiment import DOUBLE, MAXIMIZE, Experiment, Named, Objective, Parameter
 from lib.train.search import run_sweep
-from lib.train.trainable import SweepTrial
 from lib.train.work import Work
+from tests.bench.nothing import NothingTrial, function_trial
 from tests.bench.report import BenchError
 
 NUM_TRIALS = 16
-
-
-class NothingTrial(SweepTrial):
-    """As the line's trials are: one process takes one configuration after the other."""
-
-    def begin(self, params: Mapping[str, Any]) -> None:
-        self._x = params["x"]
-
-    def advance(self) -> Mapping[str, Any]:
-        return {"score": self._x, "done": True}
-
-
-def function_trial(config: dict[str, Any]) -> None:
-    """As Ray Tune's documentation starts: a function, a process for each trial."""
-    tune.report({"score": config["x"]})
 
 
 def sweep_seconds(settings: Settings, storage: Storage, num_trials: int) -> dict[str, float]:
@@ -122,7 +106,4 @@ def main(storage_uri: str, mlflow_uri: str, num_trials: str) -> None:
 
 
 if __name__ == "__main__":
-    # Of the module that trials import too, not of `__main__`.
-    from tests.bench.trivial import main as run
-
-    run(*sys.argv[1:])
+    main(*sys.argv[1:])
