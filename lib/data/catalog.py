@@ -58,7 +58,7 @@ def describe(storage: Storage, manifest: Manifest) -> dict[str, Any]:
     return {
         **entry.to_json(),
         "class_names": list(manifest.class_names),
-        "counts": {split: list(manifest.counts[split]) for split in SPLITS},
+        "counts": {split: list(counts) for split, counts in manifest.counts.items()},
         "pixel_mean": list(manifest.pixel_mean),
         "pixel_std": list(manifest.pixel_std),
         "source_digests": dict(manifest.source_digests),

@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.data.checks import ROW_ID_BYTES
-from lib.data.manifest import SPLITS, Manifest
+from lib.data.manifest import LIVE, SPLITS, Manifest
 from lib.data.readers import Images
 from lib.storage import Storage
 
+_ALL = (*SPLITS, LIVE)
+"""A set that was extended has rows in all of them."""
 _KEY = np.dtype([("head", ">u8"), ("tail", ">u8")])
 
 
@@ -25,7 +27,7 @@ class Rows:
     keys: npt.NDArray[Any]
     """(N,) ids of the pixels, sorted."""
     splits: npt.NDArray[np.uint8]
-    """(N,) index into `SPLITS`."""
+    """(N,) index into all splits, the held-out live requests last."""
     labels: npt.NDArray[np.int64]
     shards: npt.NDArray[np.int64]
     """(N,) index into the manifest's shards."""
@@ -59,7 +61,7 @@ def read_rows(storage: Storage, manifest: Manifest) -> Rows:
         parts.append(
             (
                 np.frombuffer(raw, dtype=_KEY),
-                np.full(len(ids), SPLITS.index(shard.split), dtype=np.uint8),
+                np.full(len(ids), _ALL.index(shard.split), dtype=np.uint8),
                 table.column("label").to_numpy().astype(np.int64),
                 np.full(len(ids), index),
                 np.arange(len(ids)),
@@ -90,7 +92,7 @@ def difference(a: Rows, b: Rows, class_names: tuple[str, ...]) -> Difference:
             "same": int((~moved & ~relabelled).sum()),
             "came": _by_split(b, came, class_names),
             "went": _by_split(a, went, class_names),
-            "moved": _changes(a.splits[in_a][moved], b.splits[in_b][moved], SPLITS),
+            "moved": _changes(a.splits[in_a][moved], b.splits[in_b][moved], _ALL),
             "relabelled": _changes(
                 a.labels[in_a][relabelled], b.labels[in_b][relabelled], class_names
             ),
@@ -119,7 +121,7 @@ def _by_split(
     rows: Rows, chosen: npt.NDArray[np.int64], class_names: tuple[str, ...]
 ) -> dict[str, dict[str, int]]:
     found = {}
-    for index, split in enumerate(SPLITS):
+    for index, split in enumerate(_ALL):
         labels = rows.labels[chosen][rows.splits[chosen] == index]
         counts = np.bincount(labels, minlength=len(class_names))
         if labels.size:

@@ -81,12 +81,12 @@ def show_set(storage: Storage, manifest: Manifest, pictures: Path | None) -> dic
         }
     )
     print_table(
-        ("class", *SPLITS),
+        ("class", *manifest.counts),
         [
-            (name, *(f"{manifest.counts[split][index]:,}" for split in SPLITS))
+            (name, *(f"{counts[index]:,}" for counts in manifest.counts.values()))
             for index, name in enumerate(manifest.class_names)
         ],
-        right=SPLITS,
+        right=tuple(manifest.counts),
     )
     if pictures:
         from lib.data.sheets import class_sheet

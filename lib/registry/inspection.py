@@ -142,6 +142,9 @@ def _data(storage: Storage, digest: str) -> dict[str, Any]:
 
 
 def _run(client: MlflowClient, run_id: str) -> Run | None:
+    if not run_id:
+        # Other people's models come from no sweep.
+        return None
     try:
         return client.get_run(run_id)
     except MlflowException as error:

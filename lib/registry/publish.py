@@ -25,6 +25,7 @@ from lib.registry.baseline import Baseline, check_against, ensure_baseline
 from lib.registry.evaluate import Evaluation, evaluate, predict_all
 from lib.registry.export import Exported, check_equal, export, load_served
 from lib.registry.models import MODEL_NAME_TAG, Facts, Version, versions, way_back
+from lib.registry.removal import remove_model
 from lib.registry.runtime import Measured, measure_where_served
 from lib.registry.server import download
 from lib.registry.trials import Trial
@@ -266,7 +267,7 @@ class Publisher:
         if first.version != int(created.version):
             # Someone registered the same sweep in the same seconds: the earlier one stays.
             self.client.delete_model_version(name, created.version)
-            self.client.delete_logged_model(model_id)
+            self._remove(model_id)
         else:
             progress("register", f"trial {trial.run_id} is now {name} version {first.version}")
         return first
@@ -279,7 +280,12 @@ class Publisher:
         )
         for model in logged:
             if model.tags.get(MODEL_NAME_TAG) == self.settings.model:
-                self.client.delete_logged_model(model.model_id)
+                self._remove(model.model_id)
+
+    def _remove(self, model_id: str) -> None:
+        # With its files: deleted in MLflow alone, they are where no `gc` would find them.
+        location = self.client.get_logged_model(model_id).artifact_location
+        remove_model(self.client, self.settings, model_id, location)
 
 
 def dataset_name(manifest: Manifest) -> str:

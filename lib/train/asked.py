@@ -72,7 +72,13 @@ def limits_asked_for(asked: Asked) -> tuple[Experiment, Mapping[str, Any]] | Non
     search = _load(asked, asked.experiment)
     experiment = _seeded(asked, search)
     if search.template is None:
-        return experiment, {"settings": dict(search.settings)}
+        same: dict[str, Any] = {"settings": dict(search.settings)}
+        if asked.data is not None:
+            same["data_digest"] = asked.data
+        if asked.preset is not None:
+            rungs = with_rungs(preset(asked.preset), search.rungs, search.most_epochs)
+            same["preset"] = asdict(rungs)
+        return experiment, same
     return experiment, _command(search, experiment).spec
 
 

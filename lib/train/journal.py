@@ -9,7 +9,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Any
 
@@ -33,21 +34,24 @@ class Journal:
         """What was there when it was opened."""
         self._descriptor: int | None = None
         self._size = 0
+        self._next = 1
+        """Number of the next event, where each is an object."""
         if storage.is_local:
             self._open_file()
         else:
-            self.events = list(self._objects())
-        self._count = len(self.events)
+            names = self._storage.list(self._folder)
+            self.events = [self._storage.read_json(name) for name in names]
+            self._next = 1 + max((int(PurePosixPath(name).stem) for name in names), default=0)
 
     def append(self, event: Event, *, durable: bool = False) -> None:
         """Add an event; raise StorageError if there is no place for it, and leave no part of it.
 
         It outlives this process at once, and the machine if `durable`.
         """
-        self._count += 1
         line = json.dumps(event, sort_keys=True).encode() + b"\n"
         if self._descriptor is None:
-            self._storage.write(f"{self._folder}/{self._count:08d}.json", line)
+            self._storage.write(f"{self._folder}/{self._next:08d}.json", line)
+            self._next += 1
             return
         try:
             if os.write(self._descriptor, line) != len(line):
@@ -102,7 +106,3 @@ class Journal:
         except json.JSONDecodeError as error:
             self.close()
             raise StorageError(f"{path} is damaged: {error}") from error
-
-    def _objects(self) -> Iterator[Event]:
-        for name in self._storage.list(self._folder):
-            yield self._storage.read_json(name)

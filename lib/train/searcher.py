@@ -93,10 +93,10 @@ class StudySearcher(Searcher):
             number, params, sampled = self._study.ask()
             self._progress.add(ASKED, trial=number, params=params, sampled=sampled, durable=True)
             trial = self._progress.trials[number]
-        before = trial.attempts[-1:]
+        before = trial.attempts[::-1]
         self._progress.add(STARTED, trial=trial.number, attempt=trial_id)
         self._handed_out += 1
-        return {**trial.params, **({RESUME: before[0]} if before else {})}
+        return {**trial.params, **({RESUME: before} if before else {})}
 
     @property
     def num_left(self) -> int:

@@ -29,7 +29,8 @@ RUNG_COUNT = "rung_count"
 AT_RUNG = "at_rung"
 """In a report: whether a scheduler may compare the trial now."""
 RESUME = "rayline_resume"
-"""In a configuration: the id of the earlier attempt whose state the trial goes on from."""
+"""In a configuration: the ids of earlier attempts, the newest first. The trial goes on from the
+first of them that left a state: one that was killed while it waited, or soon, has left none."""
 _STATE = "state"
 
 
@@ -192,9 +193,9 @@ class SweepTrial(tune.Trainable):
         self._standing = _Standing()
         params = {name: value for name, value in config.items() if name != RESUME}
         self._guarded(lambda: self.begin(params))
-        for attempt in (self.trial_id, config.get(RESUME)):
+        for attempt in (self.trial_id, *config.get(RESUME, ())):
             path = self._desk.file(str(attempt), _STATE)
-            if attempt and not self._standing.failure and self._desk.storage.exists(path):
+            if not self._standing.failure and self._desk.storage.exists(path):
                 head, content = unpack(self._desk.storage.read(path))
                 self._standing.kept, self._standing.best = head["report"], head["best"]
                 self._standing.num_reports, self._standing.epoch = (

@@ -28,7 +28,7 @@ from lib.registry.inspection import ORIGINAL_RUN_TAG, describe, difference
 from lib.registry.leaderboard import best, leaderboard
 from lib.registry.models import logged_model_id, resolve, versions
 from lib.registry.registration import register
-from lib.registry.removal import delete
+from lib.registry.removal import artifact_bytes, delete
 from lib.registry.restore import restore
 from lib.registry.runtime import Measured
 from lib.serving import policy
@@ -432,15 +432,17 @@ def test_what_serves_is_not_deleted_and_a_delete_that_was_cut_off_goes_on(
     assert shelf.storage.list(version.bundle)
     model_id = logged_model_id(shelf.client.get_model_version(MODEL, "2"))
     assert model_id
-    location = Path(shelf.client.get_logged_model(model_id).artifact_location.split("/")[-2])
+    location = shelf.client.get_logged_model(model_id).artifact_location
+    assert artifact_bytes(shelf.settings, location) > 0
     with monkeypatch.context() as patch:
         dying(patch, "delete_model_version", 1)
         with pytest.raises(Died):
             delete(shelf.settings, shelf.storage, "2")
     assert not resolve(shelf.settings, MODEL, "2").ready
-    assert location
 
     assert delete(shelf.settings, shelf.storage, "2")["deleted"] is True
+
+    assert artifact_bytes(shelf.settings, location) == 0
 
     assert {found.version for found in versions(shelf.settings)} == {1, 4}
     assert shelf.storage.list(version.bundle) == []
