@@ -2,6 +2,7 @@
 
 python -m jobs.submit tune --data DIGEST
 python -m jobs.submit tune --data DIGEST --preset full --search gp/asha --seed 1
+python -m jobs.submit tune --data DIGEST --objectives val_accuracy,latency_ms
 python -m jobs.submit tune --experiment FILE
 python -m jobs.submit tune --experiment FILE --trainable rayline --data DIGEST
 python -m jobs.submit tune --resume SWEEP_RUN_ID
@@ -33,6 +34,12 @@ def main() -> None:
         metavar="SAMPLER[/SCHEDULER]",
         help="random, grid, sobol, tpe, cmaes or gp / asha, hyperband, medianstopping or none, or "
         "random/pbt; tpe/asha if left out",
+    )
+    parser.add_argument(
+        "--objectives",
+        metavar="METRIC[,METRIC]",
+        help="val_accuracy, val_loss, num_parameters, latency_ms (of the exported model); "
+        "val_accuracy if left out; trials are ranked by the first",
     )
     parser.add_argument("--seed", type=int, help="of the sampler and of training; 0 if left out")
     parser.add_argument("--experiment", metavar="FILE", help="Katib's, kubeflow.org/v1beta1")

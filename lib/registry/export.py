@@ -5,14 +5,9 @@ Neither needs the project's code or a pickle to be loaded: uint8 images in, prob
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import mlflow.pytorch
@@ -28,9 +23,8 @@ from lib.registry.evaluate import EVALUATION_BATCH, predict_all
 from lib.registry.models import PT2_PATH, Origin
 from lib.serving.bundle import ONNX_FILE
 from lib.serving.predictor import OnnxPredictor
+from lib.train.exported import quiet, write_onnx
 from lib.train.model import ConvNet, ModelConfig, Served
-
-ONNX_OPSET = 18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,16 +97,7 @@ def export(
             pip_requirements=[f"{name}=={version(name)}" for name in ("mlflow", "torch", "numpy")],
         )
         # From the saved program, not from the net: what is served in ONNX is what lies beside it.
-        onnx_program: Any = torch.onnx.export(
-            torch.export.load(exported.pt2_file),
-            (),
-            dynamo=True,
-            input_names=["images"],
-            output_names=["probabilities"],
-            opset_version=ONNX_OPSET,
-            verbose=False,
-        )
-        onnx_program.save(exported.onnx_file, external_data=False)
+        write_onnx(torch.export.load(exported.pt2_file), exported.onnx_file)
     return exported
 
 
@@ -143,24 +128,3 @@ def check_equal(
             f"probability: {largest:.2g}); register another trial, and report this model"
         )
     return onnx_NK, largest
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what the exporters say about every model and nobody can act on."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # Channels-last weights are not "complete" to torch's archive writer; they are whole.
-            warnings.filterwarnings("ignore", message="No complete tensor found")
-            # About MLflow's own classes, whenever its pyfunc module is imported.
-            warnings.filterwarnings("ignore", message=".*Any type hint is inferred")
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

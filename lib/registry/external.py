@@ -35,11 +35,12 @@ from lib.registry.adapter import (
     read_signature,
 )
 from lib.registry.convert import Converted, convert
-from lib.registry.export import Exported, quiet
+from lib.registry.export import Exported
 from lib.registry.models import Origin
 from lib.registry.server import download
 from lib.registry.session import Session, one_line
 from lib.serving.predictor import OnnxPredictor
+from lib.train.exported import quiet
 
 _PROBE_IMAGES = 128
 _CHOICE_IMAGES = 2000

@@ -14,7 +14,7 @@ from lib.train import pictures
 from lib.train.axes import readable
 from lib.train.experiment import MAXIMIZE, Experiment
 from lib.train.pictures import Drawn
-from lib.train.progress import CUT, FAILED, FINISHED, STOPPED, TrialState
+from lib.train.progress import CUT, FAILED, FINISHED, STOPPED, TrialState, traded_off
 from lib.train.samplers import study_space
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def draw(
     """
     shown = [drawn(trial) for trial in trials]
     results = [trial for trial in shown if trial.metrics]
+    objectives = traded_off(experiment, [trial for trial in trials if trial.best])
     objective, step = experiment.objective, "epoch" if by_epochs else "report"
     makers: dict[str, Callable[[], Figure | None]] = {
         "curves": lambda: (
@@ -57,8 +58,8 @@ def draw(
             else None
         ),
         "pareto": lambda: (
-            pictures.pareto(results, {t.number + 1 for t in front}, experiment.objectives)
-            if results and len(experiment.objectives) > 1
+            pictures.pareto(results, {t.number + 1 for t in front}, objectives)
+            if results and len(objectives) > 1
             else None
         ),
         "confusion": lambda: _confusion(experiment, results, confusion),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from lib.train.katib import COMMAND, KatibSearch, load_experiment
 from lib.train.presets import preset_experiment
 from lib.train.work import Work, command_work, image_work, with_rungs
 
-_PRESET, _SEARCH = "quick", "tpe/asha"
+_PRESET, _SEARCH, _OBJECTIVE = "quick", "tpe/asha", "val_accuracy"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +26,8 @@ class Asked:
     data: str | None = None
     preset: str | None = None
     search: str | None = None
+    objectives: str | None = None
+    """Metrics, separated by commas."""
     seed: int | None = None
     experiment: str | None = None
     """Path of a Katib file."""
@@ -41,6 +43,9 @@ class Asked:
         if self.search is not None:
             raise ConfigError("--search and --experiment exclude each other: the file names its "
                               "algorithm")  # fmt: skip
+        if self.objectives is not None:
+            raise ConfigError("--objectives and --experiment exclude each other: the file names "
+                              "its objective")  # fmt: skip
         unused = [f"--{name}" for name in ("data", "preset") if getattr(self, name) is not None]
         if self.trainable in (None, COMMAND) and unused:
             raise ConfigError(
@@ -55,7 +60,12 @@ def search_asked_for(asked: Asked, storage: Storage) -> tuple[Experiment, Work]:
         return _of_file(asked, _load(asked, asked.experiment), storage)
     chosen = replace(preset(asked.preset or _PRESET), seed=asked.seed or 0)
     sampler, _, scheduler = (asked.search or _SEARCH).partition("/")
-    experiment = preset_experiment(chosen, sampler=sampler, scheduler=scheduler or "asha")
+    experiment = preset_experiment(
+        chosen,
+        sampler=sampler,
+        scheduler=scheduler or "asha",
+        objectives=(asked.objectives or _OBJECTIVE).split(","),
+    )
     manifest = load_manifest(storage, _data(asked))
     return experiment, image_work(storage, manifest, chosen, experiment)
 
@@ -89,8 +99,22 @@ def _of_file(asked: Asked, search: KatibSearch, storage: Storage) -> tuple[Exper
     if search.template is not None:
         return experiment, _command(search, experiment)
     rungs = with_rungs(preset(asked.preset or _PRESET), search.rungs, search.most_epochs)
+    _check_start(experiment, rungs.rungs)
     manifest = load_manifest(storage, _data(asked))
     return experiment, image_work(storage, manifest, rungs, experiment, search.settings)
+
+
+def _check_start(experiment: Experiment, rungs: Sequence[int]) -> None:
+    """Refuse an early stopping that would never compare two trials before they end."""
+    stopping = experiment.early_stopping
+    start = stopping.settings.get("start_step") if stopping else None
+    if start is not None and not any(rung >= int(start) for rung in rungs[:-1]):
+        raise ConfigError(
+            f"spec.earlyStopping: medianstop would stop nothing: it begins at start_step {start} "
+            f"(4 if left out), and trials can be compared at {', '.join(map(str, rungs))} epochs, "
+            "of which the last is their end; give a smaller start_step, more epochs or another "
+            "preset"
+        )
 
 
 def _load(asked: Asked, path: str) -> KatibSearch:

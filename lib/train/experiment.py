@@ -20,6 +20,10 @@ UNIFORM, LOG_UNIFORM, NORMAL, LOG_NORMAL = "uniform", "logUniform", "normal", "l
 Value = float | int | str
 
 
+NUM_PARAMETERS = "num_parameters"
+"""Metric: the size of a net."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
     """A metric that a search improves."""

@@ -29,7 +29,7 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "train_loss": ("trainloss", "trainingloss"),
     "num_parameters": ("numparameters",),
     "images_per_s": ("imagespers",),
-    "eager_latency_ms": ("eagerlatencyms", "latency", "latencyms"),
+    "latency_ms": ("latency", "latencyms"),
 }
 
 

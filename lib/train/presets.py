@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lib.config import Preset
+from lib.errors import ConfigError
 from lib.train.experiment import (
     DISCRETE,
     DOUBLE,
     LOG_UNIFORM,
     MAXIMIZE,
+    MINIMIZE,
+    NUM_PARAMETERS,
     Experiment,
     Named,
     Objective,
@@ -17,30 +20,55 @@ from lib.train.experiment import (
     Value,
 )
 
+GOALS = {
+    "val_accuracy": MAXIMIZE,
+    "val_loss": MINIMIZE,
+    NUM_PARAMETERS: MINIMIZE,
+    "latency_ms": MINIMIZE,
+}
+"""What a search can be for, by metric of a trial."""
 _GRID_POINTS = 3
 """Values that a grid takes of a parameter without steps."""
 
 
 def preset_experiment(
-    preset: Preset, *, sampler: str = "tpe", scheduler: str = "asha"
+    preset: Preset,
+    *,
+    sampler: str = "tpe",
+    scheduler: str = "asha",
+    objectives: Sequence[str] = ("val_accuracy",),
 ) -> Experiment:
-    """Return the search that a preset stands for, by a sampler and a scheduler of these names."""
+    """Return the search that a preset stands for, by a sampler and a scheduler of these names.
+
+    Trials are ranked, and stopped early, by the first objective. Raises ConfigError for a metric
+    that is none of `GOALS`.
+    """
     parameters = search_space(preset)
     if sampler == "grid":
         parameters = tuple(_on_grid(parameter) for parameter in parameters)
     settings = {"n_startup_trials": max(3, preset.num_trials // 4)} if sampler == "tpe" else {}
     return Experiment(
         name=preset.name,
-        objectives=(Objective(metric="val_accuracy", goal=MAXIMIZE),),
+        objectives=_objectives(objectives),
         parameters=parameters,
         algorithm=Named(sampler, settings),
         early_stopping=Named(scheduler),
         num_trials=preset.num_trials,
         time_budget_s=preset.time_budget_s,
         first_guesses=() if sampler == "grid" else first_guesses(preset),
-        additional_metrics=("val_loss", "train_loss", "num_parameters"),
+        additional_metrics=("val_loss", "train_loss", NUM_PARAMETERS),
         seed=preset.seed,
     )
+
+
+def _objectives(metrics: Sequence[str]) -> tuple[Objective, ...]:
+    unknown = [metric for metric in metrics if metric not in GOALS]
+    if unknown or len(set(metrics)) < len(metrics) or not metrics:
+        raise ConfigError(
+            f"objectives {', '.join(metrics) or 'none'}: give one or more of {', '.join(GOALS)}, "
+            "each once, the one to rank by first"
+        )
+    return tuple(Objective(metric=metric, goal=GOALS[metric]) for metric in metrics)
 
 
 def search_space(preset: Preset) -> tuple[Parameter, ...]:

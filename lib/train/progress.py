@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from lib.train.experiment import MAXIMIZE, Experiment, Objective
+from lib.train.experiment import (
+    MAXIMIZE,
+    MINIMIZE,
+    NUM_PARAMETERS,
+    Experiment,
+    Objective,
+)
 from lib.train.journal import Event, Journal
 
 FINISHED, STOPPED, FAILED, CUT = "finished", "stopped", "failed", "cut"
@@ -157,6 +163,16 @@ def reached(objective: Objective, metrics: Mapping[str, float]) -> bool:
         return False
     value = metrics.get(objective.metric, math.nan)
     return value >= objective.target if objective.goal == MAXIMIZE else value <= objective.target
+
+
+def traded_off(experiment: Experiment, trials: Sequence[TrialState]) -> tuple[Objective, ...]:
+    """Return what a front is drawn of: the objectives, with one alone the size of the net too."""
+    objectives = experiment.objectives
+    if len(objectives) > 1 or not all(NUM_PARAMETERS in trial.best for trial in trials):
+        return objectives
+    if objectives[0].metric == NUM_PARAMETERS:
+        return objectives
+    return (*objectives, Objective(metric=NUM_PARAMETERS, goal=MINIMIZE))
 
 
 def pareto_front(objectives: Sequence[Objective], trials: Sequence[TrialState]) -> list[TrialState]:

@@ -24,7 +24,7 @@ from lib.storage import Storage
 from lib.train import album
 from lib.train.experiment import Experiment
 from lib.train.feed import Feed
-from lib.train.progress import CUT, SESSION, Progress, TrialState, pareto_front
+from lib.train.progress import CUT, SESSION, Progress, TrialState, pareto_front, traded_off
 from lib.train.report import Limits, SweepReport
 from lib.train.resources import TrialResources
 from lib.train.result import SweepResult, trial_result
@@ -160,7 +160,7 @@ class Session:
         """
         progress, experiment = self._progress, self._experiment
         ranked = progress.ranked()
-        front = pareto_front(experiment.objectives, ranked)
+        front = pareto_front(traded_off(experiment, ranked), ranked)
         seconds = progress.spent_s
         epochs = sum(trial.epoch for trial in progress.trials.values())
         images_per_s = epochs * self._work.images_per_epoch / max(seconds, 1e-9)

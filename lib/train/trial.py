@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import statistics
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,6 +15,8 @@ from lib.data.manifest import Manifest
 from lib.storage import Storage
 from lib.train.augment import Augmentation
 from lib.train.environment import describe
+from lib.train.experiment import NUM_PARAMETERS
+from lib.train.exported import exported_latency_ms
 from lib.train.loop import Examples, Stream, TrainConfig, Trainer
 from lib.train.model import ConvNet, ModelConfig
 from lib.train.streamed import StreamedExamples
@@ -24,10 +24,8 @@ from lib.train.trainable import SweepTrial
 
 MODEL_FILE = "model.pt"
 """Of what a trial keeps: the net of its best epoch."""
-EAGER_LATENCY_MS = "eager_latency_ms"
-"""Metric: milliseconds that the net takes for one image in eager PyTorch, on the trial's share of
-the machine. Not the latency of the exported model, which is measured when it is registered."""
-_LATENCY_CALLS = 30
+LATENCY_MS = "latency_ms"
+"""Metric: milliseconds that the exported net takes for one image, on one thread of a CPU."""
 _CONFUSION_BATCH = 500
 
 
@@ -59,6 +57,7 @@ class Trial(SweepTrial):
         self._settings = dict(settings or {})
         self._seed = train_seed
         self._measure_latency = measure_latency
+        self._latencies: dict[ModelConfig, float] = {}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.set_num_threads(num_threads)
         self._examples = {name: examples(split).to(self._device) for name, split in splits.items()}
@@ -67,9 +66,9 @@ class Trial(SweepTrial):
         """Build the net."""
         self._trainer = self._build(params)
         self._inherited = False
-        self._constants: dict[str, float] = {"num_parameters": self._trainer.net.num_parameters()}
+        self._constants: dict[str, float] = {NUM_PARAMETERS: self._trainer.net.num_parameters()}
         if self._measure_latency:
-            self._constants[EAGER_LATENCY_MS] = eager_latency_ms(self._trainer)
+            self._constants[LATENCY_MS] = self._latency_ms(self._trainer.model_config)
 
     def advance(self) -> Mapping[str, Any]:
         """Train one epoch."""
@@ -122,6 +121,12 @@ class Trial(SweepTrial):
             device=self._device,
         )
 
+    def _latency_ms(self, config: ModelConfig) -> float:
+        # Exporting takes seconds, and a sweep has few shapes of nets.
+        if config not in self._latencies:
+            self._latencies[config] = exported_latency_ms(config)
+        return self._latencies[config]
+
     def _source(self, split: str) -> Examples | Stream:
         return self._examples.get(split) or StreamedExamples(
             storage=self._data_storage, manifest=self._manifest, split=split, seed=self._seed
@@ -172,21 +177,6 @@ def confusion(model_file: bytes, given: Examples | Stream) -> list[list[int]]:
             pairs = batch.labels_N * num_classes + net(batch.images_NHWC).argmax(dim=1)
             counts += torch.bincount(pairs, minlength=num_classes**2)
     return [list(map(int, row)) for row in counts.view(num_classes, num_classes)]
-
-
-def eager_latency_ms(trainer: Trainer) -> float:
-    """Return the median time of one image through the net, in milliseconds."""
-    config = trainer.model_config
-    shape = (1, config.height, config.width, config.channels)
-    image_NHWC = torch.zeros(shape, dtype=torch.uint8, device=trainer.device)
-    taken_s = []
-    trainer.net.eval()
-    with torch.inference_mode():
-        for _ in range(_LATENCY_CALLS):
-            start_s = time.perf_counter()
-            trainer.net(image_NHWC).argmax().item()
-            taken_s.append(time.perf_counter() - start_s)
-    return statistics.median(taken_s) * 1000
 
 
 def _saved(content: Any) -> bytes:

@@ -22,7 +22,7 @@ from lib.train.presets import first_guesses, search_space
 from lib.train.resources import Room, TrialResources, asked_resources, trial_resources
 from lib.train.streamed import StreamedExamples
 from lib.train.trainable import SweepTrial
-from lib.train.trial import EAGER_LATENCY_MS, MODEL_FILE, Trial, confusion, examples
+from lib.train.trial import LATENCY_MS, MODEL_FILE, Trial, confusion, examples
 
 IMAGES, COMMAND = "images", "command"
 
@@ -95,7 +95,7 @@ def image_work(
             "settings": {**first_guesses(preset)[0], **settings},
             "num_threads": resources.num_threads,
             "train_seed": experiment.seed,
-            "measure_latency": EAGER_LATENCY_MS in metrics,
+            "measure_latency": LATENCY_MS in metrics,
         }
 
     def confused(kept: Callable[[str], bytes | None]) -> list[list[int]] | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lib.config import PRESETS, Preset
-from lib.errors import ConfigError
+from lib.errors import ConfigError, RaylineError
 from lib.storage import Storage
 from lib.train.asked import Asked, limits_asked_for, search_asked_for
 from lib.train.trial import train_config
@@ -43,6 +43,7 @@ def test_an_experiment_file_runs_its_command(
     [
         ({"trainable": "rayline"}, "give --experiment FILE too"),
         ({"experiment": "x", "search": "tpe"}, "--search and --experiment exclude"),
+        ({"experiment": "x", "objectives": "val_loss"}, "--objectives and --experiment exclude"),
         ({"experiment": "x", "data": "d"}, "--data would change nothing"),
         ({"experiment": "x", "preset": "full", "trainable": "command"}, "--preset would change"),
     ],
@@ -67,6 +68,21 @@ def test_a_seed_is_given_once(tmp_path: Path, storage: Storage) -> None:
         search_asked_for(Asked(experiment=str(path), seed=1), storage)
 
 
+@pytest.mark.parametrize(("start", "is_refused"), [("3", True), ("1", False), ("", True)])
+def test_an_early_stopping_that_would_never_compare_is_refused(
+    tmp_path: Path, storage: Storage, start: str, is_refused: bool
+) -> None:
+    # Of preset quick, trials can be compared after one epoch, and end with the third.
+    settings = f", algorithmSettings: [{{name: start_step, value: '{start}'}}]" if start else ""
+    path = tmp_path / "stopping.yaml"
+    line = f"  earlyStopping: {{algorithmName: medianstop{settings}}}\n  objective:"
+    path.write_text(TEMPLATE.replace("  objective:", line, 1))
+    asked = Asked(experiment=str(path), trainable="rayline", data="0" * 32)
+    said = "medianstop would stop nothing" if is_refused else "0000"
+    with pytest.raises(RaylineError, match=said):
+        search_asked_for(asked, storage)
+
+
 def test_a_resumed_sweep_takes_its_counts_from_a_file_alone(file: str) -> None:
     assert limits_asked_for(Asked()) is None
     with pytest.raises(ConfigError, match="--preset would change nothing"):
@@ -78,18 +94,22 @@ def test_a_resumed_sweep_takes_its_counts_from_a_file_alone(file: str) -> None:
     settings = limits_asked_for(Asked(experiment=file, trainable="rayline"))
     assert settings is not None
     assert settings[1] == {"settings": {}}
+    given = Asked(experiment=file, trainable="rayline", data="d", preset="smoke")
+    same = limits_asked_for(given)
+    assert same is not None
+    assert (same[1]["data_digest"], same[1]["preset"]["name"]) == ("d", "smoke")
 
 
 @pytest.mark.parametrize(
     ("rungs", "most_epochs", "found"),
-    [((), None, (2, 6, 18)), ((1, 4), None, (1, 4)), ((), 6, (2, 6)), ((), 1, (1,)),
-     ((), 30, (2, 6, 18, 30))],
+    [((), None, (1, 3)), ((1, 4), None, (1, 4)), ((), 2, (1, 2)), ((), 1, (1,)),
+     ((), 30, (1, 3, 30))],
 )  # fmt: skip
 def test_rungs_end_where_training_does(
     rungs: tuple[int, ...], most_epochs: int | None, found: tuple[int, ...]
 ) -> None:
-    full: Preset = PRESETS["full"]
-    assert with_rungs(full, rungs, most_epochs).rungs == found
+    quick: Preset = PRESETS["quick"]
+    assert with_rungs(quick, rungs, most_epochs).rungs == found
 
 
 def test_a_trial_of_its_own_length_shares_the_rungs_before() -> None:

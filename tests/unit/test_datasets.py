@@ -158,6 +158,14 @@ def test_a_set_is_extended_with_the_requests_that_were_labelled(
     child = load_manifest(storage, content["digest"])
     assert (child.parent, child.counts["test"]) == (parent.digest, parent.counts["test"])
     assert content["set"]["ancestors"] == [parent.digest]
+    changed, told = ask(capsys, "diff", parent.digest, child.digest)
+    came = {split: sum(by_class.values()) for split, by_class in changed["came"].items()}
+    assert came == {**content["rows"]}
+    assert came["live"] > 0
+    assert (changed["went"], changed["moved"]) == ({}, {})
+    shown, told = ask(capsys, "show", child.digest)
+    assert "live" in told
+    assert shown["counts"]["live"] == list(child.counts["live"])
     # Again, nothing is new to train on; what is held out is held out again.
     again, _ = ask(capsys, "extend", child.digest, "--model", "made")
     assert again["error"] == "TooFewError"

@@ -26,6 +26,7 @@ from lib.train.experiment import (
     MAXIMIZE,
     MINIMIZE,
     NORMAL,
+    NUM_PARAMETERS,
     Experiment,
     Named,
     Objective,
@@ -47,6 +48,7 @@ from lib.train.progress import (
     STOPPED,
     Progress,
     pareto_front,
+    traded_off,
 )
 from lib.train.report import Limits
 from lib.train.samplers import SAMPLERS, Study
@@ -296,6 +298,15 @@ def test_the_pareto_front_has_no_loser(storage: Storage) -> None:
         study.tell(progress.trials[number])
     front = pareto_front(objectives, progress.ranked())
     assert {trial.number for trial in front} == {0, 2, 3, 5}
+    # With one objective, a front is of it and the size of the net, where trials tell that.
+    alone = replace(experiment, objectives=objectives[:1])
+    assert traded_off(alone, progress.ranked()) == objectives[:1]
+    for trial in progress.ranked():
+        trial.best[NUM_PARAMETERS] = trial.best["size"]
+    both = traded_off(alone, progress.ranked())
+    assert [(o.metric, o.goal) for o in both] == [("score", MAXIMIZE), (NUM_PARAMETERS, MINIMIZE)]
+    assert {trial.number for trial in pareto_front(both, progress.ranked())} == {0, 2, 3, 5}
+    assert traded_off(experiment, progress.ranked()) == objectives
 
 
 def reports(progress: Progress, number: int, *values: float) -> None:
@@ -384,6 +395,28 @@ def test_a_journal_loses_its_torn_last_line_and_nothing_else(storage: Storage) -
         assert [event["event"] for event in journal.events] == ["a", "b"]
         journal.append({"event": "d"})
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["a", "b", "d"]
+
+
+def test_a_journal_of_objects_overwrites_nothing_after_a_failed_write(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Storage, "is_local", property(lambda self: False))
+    write = Storage.write
+    with Journal(storage, "sweep") as journal:
+        journal.append({"event": "a"})
+        with monkeypatch.context() as patch:
+            patch.setattr(Storage, "write", lambda *_: (_ for _ in ()).throw(StorageError("full")))
+            with pytest.raises(StorageError):
+                journal.append({"event": "lost"})
+        journal.append({"event": "b"})
+    assert Storage.write is write
+    # As one that was written before numbers were kept dense left it.
+    storage.delete("sweep/journal/00000001.json")
+    for event in ("c", "d"):
+        with Journal(storage, "sweep") as journal:
+            journal.append({"event": event})
+    with Journal(storage, "sweep") as journal:
+        assert [event["event"] for event in journal.events] == ["b", "c", "d"]
 
 
 def test_one_process_at_a_time_has_a_journal(storage: Storage) -> None:

@@ -91,10 +91,15 @@ def test_an_interrupted_trial_repeats_its_last_report_and_goes_on(desk: Desk) ->
     same = started(desk, "a", {})  # Its process died.
     assert same.step() == last
     assert same.step()["epoch"] == 4
-    other = started(desk, "b", {RESUME: "a"})  # Its driver died: Tune knows it by another name.
+    other = started(desk, "b", {RESUME: ["a"]})  # Its driver died: Tune knows it by another name.
     assert other.step()["epoch"] == 4
     assert other.step()["score"] == 5.0
-    assert started(desk, "c", {}).step()["epoch"] == 1
+    # Killed again before anything new was kept, it goes on from what was kept first.
+    started(desk, "c", {RESUME: ["b", "a"]})
+    third = started(desk, "d", {RESUME: ["c", "b0", "a"]})
+    assert third.step() == last
+    assert third.step()["epoch"] == 4
+    assert started(desk, "e", {}).step()["epoch"] == 1
 
 
 def test_what_is_kept_is_of_the_best_report(desk: Desk) -> None:
@@ -102,7 +107,7 @@ def test_what_is_kept_is_of_the_best_report(desk: Desk) -> None:
     for kept in (b"1", b"2", b"2", b"4"):
         trial.step()
         assert desk.storage.read(desk.file("a", "best")) == kept
-    resumed = started(desk, "b", {RESUME: "a"})
+    resumed = started(desk, "b", {RESUME: ["a"]})
     resumed.step()
     assert not desk.storage.exists(desk.file("b", "best")), "that report was kept before"
     resumed.step()

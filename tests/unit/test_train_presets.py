@@ -5,7 +5,10 @@ import itertools
 import pytest
 
 from lib.config import PRESETS, Preset
+from lib.errors import ConfigError
+from lib.train.experiment import MAXIMIZE, MINIMIZE
 from lib.train.model import ConvNet, ModelConfig
+from lib.train.presets import preset_experiment
 
 
 def num_parameters(stage_width: int, depth: int, growth: int) -> int:
@@ -52,3 +55,16 @@ def test_full_trains_large_and_tiny_nets_first_and_none_of_half_a_million_parame
     ]
     assert guesses[0] > 100_000
     assert guesses[1] < 10_000
+
+
+def test_a_search_may_have_several_objectives_of_those_that_a_trial_reports() -> None:
+    asked = ("val_accuracy", "latency_ms", "num_parameters")
+    found = preset_experiment(PRESETS["smoke"], objectives=asked).objectives
+    assert [(o.metric, o.goal) for o in found] == [
+        ("val_accuracy", MAXIMIZE),
+        ("latency_ms", MINIMIZE),
+        ("num_parameters", MINIMIZE),
+    ]
+    for wrong in (("speed",), ("val_loss", "val_loss"), ("",)):
+        with pytest.raises(ConfigError, match="give one or more of val_accuracy, "):
+            preset_experiment(PRESETS["smoke"], objectives=wrong)
