@@ -15,6 +15,7 @@ from lib.cli import progress
 from lib.data.direct import read_some
 from lib.data.loader import read_splits
 from lib.data.manifest import Manifest
+from lib.data.stream import fits_in_memory
 from lib.errors import RefusedError
 from lib.storage import Storage
 
@@ -52,9 +53,8 @@ def ensure_baseline(storage: Storage, manifest: Manifest) -> Baseline:
     progress("register", "training the baseline, a logistic regression on the same data")
     rows = sampled_rows(manifest.rows("train"), manifest.shape, manifest.num_classes)
     images_NHWC, labels_N = read_some(storage, manifest, "train", rows)
-    val = read_splits(storage, manifest, ["val"])["val"]
     baseline = train_baseline(
-        images_NHWC, labels_N, val.images_NHWC, val.labels_N, manifest.num_classes
+        images_NHWC, labels_N, *_validation(storage, manifest), manifest.num_classes
     )
     storage.write_json(path, asdict(baseline))
     progress(
@@ -63,6 +63,17 @@ def ensure_baseline(storage: Storage, manifest: Manifest) -> Baseline:
         f"rows in {baseline.seconds:.1f} s",
     )
     return baseline
+
+
+def _validation(
+    storage: Storage, manifest: Manifest
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Return the validation split, or so much of it as is trained on of a larger one."""
+    if fits_in_memory(manifest, "val"):
+        val = read_splits(storage, manifest, ["val"])["val"]
+        return val.images_NHWC, val.labels_N
+    rows = sampled_rows(manifest.rows("val"), manifest.shape, manifest.num_classes)
+    return read_some(storage, manifest, "val", rows)
 
 
 def sampled_rows(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lib.data.stream import Batch
 from lib.serving.predictor import Predictor
 
 EVALUATION_BATCH = 256
@@ -49,6 +50,15 @@ def predict_all(
         for start in range(0, len(images_NHWC), EVALUATION_BATCH)
     ]
     return np.concatenate(batches)
+
+
+def answer(
+    predictor: Predictor, batches: Iterable[Batch]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return the labels of all rows, in the order they come, and the probabilities of each."""
+    pairs = [(batch.labels_N, predictor.predict(batch.images_NHWC)) for batch in batches]
+    labels, probabilities = zip(*pairs, strict=True)
+    return np.concatenate(labels), np.concatenate(probabilities)
 
 
 def evaluate(

@@ -5,6 +5,7 @@ Neither needs the project's code or a pickle to be loaded: uint8 images in, prob
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +19,8 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from lib.data.manifest import Manifest
+from lib.data.stream import Batch
 from lib.errors import RefusedError, RegistryError
-from lib.registry.evaluate import EVALUATION_BATCH, predict_all
 from lib.registry.models import PT2_PATH, Origin
 from lib.serving.bundle import ONNX_FILE
 from lib.serving.predictor import OnnxPredictor
@@ -102,29 +103,32 @@ def export(
 
 
 def check_equal(
-    exported: Exported, images_NHWC: npt.NDArray[np.uint8], trial_run_id: str
-) -> tuple[npt.NDArray[np.float32], float]:
-    """Run both files over a split; return ONNX's probabilities and the largest difference.
+    exported: Exported, batches: Iterable[Batch], trial_run_id: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], float]:
+    """Run both files over a split; return labels, ONNX's probabilities, the largest difference.
 
     Raises RefusedError if one image gets two labels: a version must not answer differently
     with the runtime that happens to serve it.
     """
-    onnx_NK = predict_all(OnnxPredictor(exported.onnx_file), images_NHWC)
+    onnx = OnnxPredictor(exported.onnx_file)
     with quiet():
         module = torch.export.load(exported.pt2_file).module()
+    labels, probabilities = [], []
     differing, largest = 0, 0.0
-    for start in range(0, len(images_NHWC), EVALUATION_BATCH):
-        batch = images_NHWC[start : start + EVALUATION_BATCH]
+    for batch in batches:
         with torch.inference_mode():
-            pt2_NK = module(torch.from_numpy(np.array(batch))).numpy()
-        other_NK = onnx_NK[start : start + EVALUATION_BATCH]
-        differing += int((pt2_NK.argmax(axis=1) != other_NK.argmax(axis=1)).sum())
-        largest = max(largest, float(np.abs(pt2_NK - other_NK).max()))
+            pt2_NK = module(torch.from_numpy(np.array(batch.images_NHWC))).numpy()
+        onnx_NK = onnx.predict(batch.images_NHWC)
+        differing += int((pt2_NK.argmax(axis=1) != onnx_NK.argmax(axis=1)).sum())
+        largest = max(largest, float(np.abs(pt2_NK - onnx_NK).max()))
+        labels.append(batch.labels_N)
+        probabilities.append(onnx_NK)
+    labels_N = np.concatenate(labels)
     # Not a number compares as false everywhere: ask for what must hold.
     if differing or not largest <= 1.0:
         raise RefusedError(
             f"trial {trial_run_id} is refused: its torch and ONNX exports give different labels "
-            f"for {differing} of {len(images_NHWC)} test images (largest difference of a "
+            f"for {differing} of {len(labels_N)} test images (largest difference of a "
             f"probability: {largest:.2g}); register another trial, and report this model"
         )
-    return onnx_NK, largest
+    return labels_N, np.concatenate(probabilities), largest

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.exceptions import MlflowException
@@ -17,12 +18,14 @@ from mlflow.models import Model
 
 from lib.cli import progress
 from lib.config import Settings
+from lib.data.direct import read_some
 from lib.data.loader import Split, read_splits
 from lib.data.manifest import Manifest
+from lib.data.stream import Batch, EpochStream, fits_in_memory
 from lib.errors import RefusedError
 from lib.registry import gaps
 from lib.registry.baseline import Baseline, check_against, ensure_baseline
-from lib.registry.evaluate import Evaluation, evaluate, predict_all
+from lib.registry.evaluate import EVALUATION_BATCH, Evaluation, answer, evaluate
 from lib.registry.export import Exported, check_equal, export, load_served
 from lib.registry.models import MODEL_NAME_TAG, Facts, Version, versions, way_back
 from lib.registry.removal import remove_model
@@ -38,6 +41,8 @@ EVALUATION_FILE = "evaluation.json"
 REFUSED_TAG = "rayline.refused"
 """On a trial's run: why a gate refused to make it a version."""
 _PROBE_IMAGES = 512
+_SOME_ROWS = 2000
+"""Of a split that does not fit in memory, for what needs examples and not all rows."""
 _METRICS_PER_REQUEST = 500
 _TAG_LETTERS = 5000
 
@@ -100,32 +105,59 @@ class Publisher:
         ]
 
     def split(self, name: str) -> Split:
-        """Return the validation or the test split."""
+        """Return the validation or the test split; of one that does not fit in memory some rows."""
         if not self._splits:
             progress("register", "reading the validation and test splits")
-            self._splits = read_splits(self.storage, self.manifest, ["val", "test"])
+            held = [name for name in ("val", "test") if fits_in_memory(self.manifest, name)]
+            self._splits = {
+                **(read_splits(self.storage, self.manifest, held) if held else {}),
+                **{name: self._some(name) for name in {"val", "test"} - set(held)},
+            }
         return self._splits[name]
 
+    def _some(self, name: str) -> Split:
+        rows = self.manifest.rows(name)
+        places = np.linspace(0, rows - 1, min(rows, _SOME_ROWS)).astype(np.int64)
+        images_NHWC, labels_N = read_some(self.storage, self.manifest, name, places)
+        return Split(images_NHWC=images_NHWC, labels_N=labels_N)
+
+    def _batches(self, name: str) -> Iterator[Batch]:
+        """Yield all of a split; one that does not fit in memory is read shard by shard."""
+        if not fits_in_memory(self.manifest, name):
+            yield from EpochStream(
+                storage=self.storage,
+                manifest=self.manifest,
+                split=name,
+                batch_size=EVALUATION_BATCH,
+            ).epoch(0)
+            return
+        split = self.split(name)
+        for start in range(0, len(split.labels_N), EVALUATION_BATCH):
+            stop = start + EVALUATION_BATCH
+            yield Batch(
+                images_NHWC=split.images_NHWC[start:stop], labels_N=split.labels_N[start:stop]
+            )
+
     def _measure(self, trial: Trial, exported: Exported) -> tuple[Facts, Evaluation]:
-        names, val, test = self.manifest.class_names, self.split("val"), self.split("test")
+        names = self.manifest.class_names
         if self._baseline is None:
             self._baseline = ensure_baseline(self.storage, self.manifest)
         onnx = OnnxPredictor(exported.onnx_file)
-        on_val = evaluate(val.labels_N, predict_all(onnx, val.images_NHWC), names)
+        on_val = evaluate(*answer(onnx, self._batches("val")), names)
         check_against(self._baseline, on_val.accuracy, trial.run_id)
         origin = exported.origin
         if origin is None:
-            probabilities_NK, difference = check_equal(exported, test.images_NHWC, trial.run_id)
-        else:
-            probabilities_NK, difference = (
-                predict_all(onnx, test.images_NHWC),
-                origin.max_difference,
+            labels_N, probabilities_NK, difference = check_equal(
+                exported, self._batches("test"), trial.run_id
             )
-        on_test = evaluate(test.labels_N, probabilities_NK, names)
+        else:
+            labels_N, probabilities_NK = answer(onnx, self._batches("test"))
+            difference = origin.max_difference
+        on_test = evaluate(labels_N, probabilities_NK, names)
         speed = measure_where_served(
             exported.onnx_file.read_bytes(),
             exported.pt2_file.read_bytes() if origin is None else None,
-            test.images_NHWC[:_PROBE_IMAGES],
+            self.split("test").images_NHWC[:_PROBE_IMAGES],
         )
         facts = Facts(
             trial_run_id=trial.run_id,

@@ -21,9 +21,11 @@ from mlflow import MlflowClient
 
 import jobs.register
 from lib.config import Settings
+from lib.data import stream
 from lib.data.ingest import ingest
 from lib.data.loader import Split, read_splits
 from lib.data.manifest import Manifest
+from lib.data.stream import Batch
 from lib.errors import RefusedError, RegistryError
 from lib.registry.baseline import baseline_path
 from lib.registry.export import Exported, check_equal, export, load_served
@@ -255,6 +257,19 @@ def test_a_version_is_whole_without_the_project_and_equal_in_every_form(
     assert 0 <= version.onnx_max_difference < 1e-4
 
 
+def test_splits_that_do_not_fit_in_memory_are_measured_from_their_shards(
+    line: Line, registered: Registered, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.delattr("lib.registry.publish.read_splits")
+    sweep, _ = make_sweep(registered.client, line, [(line.best, 0.9)])
+    (version,) = register(settings, line.storage, line.manifest, sweep, 1)
+    held = registered.versions[0]
+    assert version.val_accuracy == held.val_accuracy
+    assert version.test_accuracy == held.test_accuracy
+    assert version.per_class_accuracy == held.per_class_accuracy
+
+
 def test_registering_again_repeats_nothing_and_leaves_aliases_alone(
     line: Line, registered: Registered, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -425,11 +440,12 @@ def exports(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[li
 
 def test_exports_with_different_labels_are_refused(line: Line, exports: list[Exported]) -> None:
     best, second = exports
-    check_equal(best, line.test.images_NHWC, "run")
+    batches = [Batch(images_NHWC=line.test.images_NHWC, labels_N=line.test.labels_N)]
+    check_equal(best, batches, "run")
     shutil.copy(second.onnx_file, best.folder / ONNX_FILE)
 
     with pytest.raises(RefusedError, match="different labels for [1-9]"):
-        check_equal(best, line.test.images_NHWC, "run")
+        check_equal(best, batches, "run")
 
 
 class Touch:
