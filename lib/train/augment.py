@@ -1,4 +1,4 @@
-"""Augmentation of whole batches: every image gets its own affine map and warp, without a loop.
+"""Per-sample augmentation of whole batches: one affine map an image, no Python an image.
 
 Images are never flipped: a mirrored digit or letter is another or none.
 """
@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-_WARP_POINTS = 6
-"""Rows and columns of the coarse grid of displacements: a stroke of a digit bends, it does not
-crumble."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,8 +25,6 @@ class Augmentation:
     """Sideways shift of a row as a share of its distance from the centre."""
     max_translation: float = 0.08
     """Share of the image's height and width."""
-    warp: float = 0.02
-    """Deviation of the elastic distortion, as a share of the image's height and width."""
 
     def __post_init__(self) -> None:
         """Check the strength."""
@@ -40,11 +33,7 @@ class Augmentation:
 
 
 def augment(images_NCHW: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """Return the images, each rotated, scaled, sheared, moved and warped by a draw of its own.
-
-    The warp is the elastic distortion of Simard, Steinkraus and Platt (2003), "Best Practices for
-    Convolutional Neural Networks Applied to Visual Document Analysis": there random displacements
-    smoothed by a Gaussian, here a few of them on a coarse grid with cubic curves between them.
+    """Return the images, each rotated, scaled, sheared and moved by a draw of its own.
 
     What comes in from outside the image repeats its edge, so any background colour goes on.
     The same generator state gives the same images.
@@ -52,12 +41,9 @@ def augment(images_NCHW: Tensor, how: Augmentation, generator: torch.Generator) 
     if how.strength == 0.0:
         return images_NCHW
     theta_N23 = affine_maps(images_NCHW.shape, how, generator).to(images_NCHW.dtype)
-    grid_NHW2 = _grid(theta_N23, *images_NCHW.shape[-2:])
-    if how.warp > 0.0:
-        grid_NHW2 += _warps(images_NCHW.shape, how, generator).to(images_NCHW.dtype)
     return functional.grid_sample(
         images_NCHW,
-        grid_NHW2,
+        _grid(theta_N23, *images_NCHW.shape[-2:]),
         mode="bilinear",
         padding_mode="border",
         align_corners=False,
@@ -85,29 +71,6 @@ def affine_maps(shape: torch.Size, how: Augmentation, generator: torch.Generator
         ),
         dim=1,
     )
-
-
-def _warps(shape: torch.Size, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """Draw where every pixel is displaced to, [N, H, W, 2], in the coordinates of `affine_grid`."""
-    num_images, _, height, width = shape
-    coarse_N2KK = torch.randn(
-        (num_images, 2, _WARP_POINTS, _WARP_POINTS), generator=generator, device=generator.device
-    )
-    # Width and height are 2 long each in these coordinates.
-    coarse_N2KK *= how.strength * how.warp * 2
-    # One small matrix a direction: what a bicubic `interpolate` returns, several times as fast.
-    rows_HK = _cubic(height, generator.device)
-    columns_WK = _cubic(width, generator.device)
-    return torch.einsum("hk,nckl,wl->nhwc", rows_HK, coarse_N2KK, columns_WK)
-
-
-@cache
-def _cubic(length: int, device: torch.device) -> Tensor:
-    """Return the weights, [length, K], of coarse points in each pixel."""
-    points_1KK = torch.eye(_WARP_POINTS, device=device).unsqueeze(0)
-    return functional.interpolate(
-        points_1KK.unsqueeze(2), (1, length), mode="bicubic", align_corners=True
-    )[0, :, 0].T
 
 
 def _grid(theta_N23: Tensor, height: int, width: int) -> Tensor:
