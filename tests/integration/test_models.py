@@ -404,7 +404,7 @@ def test_a_backup_goes_into_an_empty_line_though_its_restore_was_cut_off(
     assert not any(same[part] for part in ("parameters", "metrics", "data", "code", "packages"))
     # Again, it finds all there; a line with another such model is not touched.
     assert restore(empty, target, tmp_path / "saved")["models"] == done["models"]
-    with pytest.raises(RegistryError, match=f"has a model '{MODEL}' already"):
+    with pytest.raises(RegistryError, match="has a model '.*' already"):
         restore(shelf.settings, shelf.storage, tmp_path / "saved")
 
 
