@@ -41,7 +41,7 @@ class Settings:
     serve_api: str = ""
     """RAYLINE_SERVE_API: Ray dashboard of the cluster that serves; empty: the one that has jobs."""
     serve_url: str = ""
-    """RAYLINE_SERVE_URL: where callers reach the models; empty: host and port from above."""
+    """RAYLINE_SERVE_URL: where callers reach the models; empty: `lib.serving.reach` says."""
     trial_labels: str = ""
     """RAYLINE_TRIAL_LABELS: labels of the nodes that trials run on; empty: any node."""
     serve_labels: str = ""
@@ -105,6 +105,11 @@ class Settings:
             owner_limits=env.get("RAYLINE_OWNER_LIMITS") or "",
             serve_cpus=_serve_cpus(env),
         )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, by name or address, is the machine that asks."""
+    return host in {"localhost", "::1"} or host.startswith("127.")
 
 
 def log_images_percent(env: Mapping[str, str]) -> float:

@@ -21,6 +21,7 @@ from lib.serving.client import ServeClient, live_applications, wait_until
 from lib.serving.feedback import PROBE_ID
 from lib.serving.keys import internal_headers
 from lib.serving.predictor import load_predictor
+from lib.serving.reach import as_started, serve_url
 from lib.serving.traffic import COLOCATED, ModelTraffic, Policy
 from lib.storage import Storage
 
@@ -57,6 +58,7 @@ def apply(
     """
     models = {**(base.models if base else {}), settings.model: desired}
     client = ServeClient(settings)
+    settings = as_started(settings, client.details())
     _bring_up(settings, storage, client, models, new_code=new_code)
     if base is None or models != base.models:
         default = base.default_model if base else settings.model
@@ -74,14 +76,6 @@ def describe(traffic: ModelTraffic) -> str:
     shares = [f"v{version} {100 * w / total:g} %" for version, w in traffic.weights.items()]
     shares += [f"v{version} shadows {percent:g} %" for version, percent in traffic.shadows.items()]
     return ", ".join(shares)
-
-
-def serve_url(settings: Settings) -> str:
-    """Return where the models answer."""
-    if settings.serve_url:
-        return settings.serve_url
-    host = "127.0.0.1" if settings.http_host == "0.0.0.0" else settings.http_host
-    return f"http://{host}:{settings.http_port}"
 
 
 def _bring_up(
