@@ -243,6 +243,33 @@ def test_servers_have_probes() -> None:
     assert container["readinessProbe"]["httpGet"]["path"] == "/v2/health/live"
 
 
+def refused_by_kuberay(job: Manifest) -> list[str]:
+    """What KubeRay 1.7.0 says of a RayJob beyond its schema (ValidateRayJobSpec)."""
+    spec = job["spec"]
+    chosen, shuts_down = spec.get("clusterSelector"), spec.get("shutdownAfterJobFinishes", False)
+    rules = {
+        "neither rayClusterSpec nor clusterSelector": not chosen and "rayClusterSpec" not in spec,
+        "a ttl without shutdownAfterJobFinishes": spec.get("ttlSecondsAfterFinished", 0) > 0
+        and not shuts_down,
+        "suspend without shutdownAfterJobFinishes": spec.get("suspend", False) and not shuts_down,
+        "suspend of a chosen cluster": bool(chosen) and spec.get("suspend", False),
+        "a chosen cluster without a name": bool(chosen) and not chosen.get("ray.io/cluster"),
+        "SidecarMode on a chosen cluster": bool(chosen)
+        and spec.get("submissionMode") == "SidecarMode",
+        "a backoffLimit on a chosen cluster": bool(chosen) and spec.get("backoffLimit", 0) > 0,
+        "an activeDeadline of nothing": spec.get("activeDeadlineSeconds", 1) <= 0,
+    }
+    return [rule for rule, is_broken in rules.items() if is_broken]
+
+
+def test_kuberay_takes_the_pipeline() -> None:
+    (job,) = load(KUBERNETES / "pipeline.yaml")
+    assert refused_by_kuberay(job) == []
+    wrong = copy.deepcopy(job)
+    wrong["spec"] |= {"ttlSecondsAfterFinished": 86400, "backoffLimit": 1}
+    assert len(refused_by_kuberay(wrong)) == 2
+
+
 def test_the_pipeline_runs_on_the_cluster_that_is_there() -> None:
     (job,) = load(KUBERNETES / "pipeline.yaml")
     cluster = one(overlay("small"), "RayCluster", "rayline")
