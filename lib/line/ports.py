@@ -64,6 +64,7 @@ _PLACES = {
     "RAYLINE_LOG_IMAGES": "percent of requests whose images are logged; at the head's start (100)",
     "RAYLINE_SERVE_API": "Ray dashboard of the cluster that serves, if it is not the jobs' one",
     "RAYLINE_SERVE_URL": "address of the models (the inference port of this machine or cluster)",
+    "RAYLINE_RAYSERVICE": "Kubernetes RayService that jobs there tell what is live (none)",
     "RAYLINE_TRIAL_LABELS": "labels of the nodes for trials, as key=value or key=!value (any)",
     "RAYLINE_TRIAL_GPUS": "GPUs that these nodes can grow to (those that are there)",
     "RAYLINE_SERVE_LABELS": "labels of the nodes for gateways and versions (any)",
