@@ -2,7 +2,7 @@
 #   make up DATA=my-images PRESET=quick MODEL=name
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test drill nodes bench lint audit train rollout rollback rayservice image
+.PHONY: help up down test drill nodes bench lint audit train rollout rollback rayservice image push
 SHELL := /bin/bash
 BIN := .venv/bin
 # What CI may be told by others (WHY, VERSION, …) stays in the shell: make would run what is in it.
@@ -55,7 +55,12 @@ image: ## the container image, DEVICE=cpu|gpu
 	  --build-arg DEVICE="$${DEVICE:-cpu}" \
 	  --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" .
 
-bench: .venv/.installed ## the measured tables, with peers on the same machine
+push: ## that image as REGISTRY/rayline:TAG-DEVICE; a TAG v0.2.0 is written 0.2.0
+	@tag="$${TAG:?give TAG=v0.2.0}"; image="$${REGISTRY:?give REGISTRY=ghcr.io/me}"; \
+	  image="$${image,,}/rayline:$${tag#v}-$${DEVICE:-cpu}"; \
+	  docker tag "rayline:$${DEVICE:-cpu}" "$$image" && docker push "$$image"
+
+bench: .venv/.installed ## tables of ingest, training, search and serving, with peers beside
 	@$(BIN)/python -m tests.bench
 
 # uv installs the pins in a sixth of pip's time; pip is there when uv can't run on a machine.

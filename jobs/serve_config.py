@@ -14,6 +14,7 @@ from lib.config import Settings
 from lib.errors import ServingError
 from lib.serving.client import ServeClient, live_applications
 from lib.serving.plan import GATEWAY, ray_service_patch
+from lib.serving.reach import as_started
 
 
 def main() -> Mapping[str, Any]:
@@ -24,10 +25,11 @@ def main() -> Mapping[str, Any]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     settings = Settings.from_env()
-    live = live_applications(ServeClient(settings).details())
+    details = ServeClient(settings).details()
+    live = live_applications(details)
     if GATEWAY not in live:
         raise ServingError("there is no gateway yet: run jobs.deploy first")
-    return ray_service_patch(settings, live)
+    return ray_service_patch(as_started(settings, details), live)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,10 @@ class Settings:
     serve_api: str = ""
     """RAYLINE_SERVE_API: Ray dashboard of the cluster that serves; empty: the one that has jobs."""
     serve_url: str = ""
-    """RAYLINE_SERVE_URL: where callers reach the models; empty: host and port from above."""
+    """RAYLINE_SERVE_URL: where callers reach the models; empty: `lib.serving.reach` says."""
+    rayservice: str = ""
+    """RAYLINE_RAYSERVICE: name of the Kubernetes RayService that is told what is live, by jobs in
+    its namespace; empty: none."""
     trial_labels: str = ""
     """RAYLINE_TRIAL_LABELS: labels of the nodes that trials run on; empty: any node."""
     serve_labels: str = ""
@@ -99,12 +102,18 @@ class Settings:
             ray_address=env.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265",
             serve_api=(env.get("RAYLINE_SERVE_API") or "").rstrip("/"),
             serve_url=(env.get("RAYLINE_SERVE_URL") or "").rstrip("/"),
+            rayservice=env.get("RAYLINE_RAYSERVICE") or "",
             trial_labels=env.get("RAYLINE_TRIAL_LABELS") or "",
             serve_labels=env.get("RAYLINE_SERVE_LABELS") or "",
             trial_gpus=int(gpus),
             owner_limits=env.get("RAYLINE_OWNER_LIMITS") or "",
             serve_cpus=_serve_cpus(env),
         )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, by name or address, is the machine that asks."""
+    return host in {"localhost", "::1"} or host.startswith("127.")
 
 
 def log_images_percent(env: Mapping[str, str]) -> float:

@@ -21,6 +21,7 @@ from lib.registry.registration import register
 from lib.registry.server import connect
 from lib.registry.trials import ranked_trials
 from lib.serving.deploy import deploy
+from lib.serving.reach import check_host
 from lib.steps import Step, run_step
 from lib.storage import Storage
 from lib.train.presets import preset_experiment
@@ -45,6 +46,8 @@ def run_pipeline(
     Ray must be initialised. Raises what the steps raise: each message says what to do.
     """
     start = time.monotonic()
+    if serve:
+        check_host(settings)
     ingested = ingest_source(storage, source, IngestConfig())
     manifest = ingested.manifest
     progress("pipeline", f"data set {manifest.digest[:12]} ({ingested.seconds:.1f} s)")

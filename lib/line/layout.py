@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib.config import MAX_BODY_BYTES, MLFLOW_SECRETS, STORAGE_SECRETS
+from lib.config import MAX_BODY_BYTES, MLFLOW_SECRETS, STORAGE_SECRETS, is_loopback
 from lib.errors import ConfigError, LineError
 from lib.line.ports import RANGE_SIZE, read_ports, variable
 from lib.line.processes import LINE_VARIABLE, PART_VARIABLE
@@ -34,6 +34,7 @@ PRIVATE = {
 _PASSED_ON = (
     "RAYLINE_SERVE_API",
     "RAYLINE_SERVE_URL",
+    "RAYLINE_RAYSERVICE",
     "RAYLINE_TRIAL_LABELS",
     "RAYLINE_TRIAL_GPUS",
     "RAYLINE_SERVE_LABELS",
@@ -63,8 +64,9 @@ class Line:
     home: Path
     """RAYLINE_HOME: folder of its state."""
     ports: Mapping[str, int]
-    host: str
-    """RAYLINE_HTTP_HOST: address that the inference port binds."""
+    host: str | None
+    """RAYLINE_HTTP_HOST: address that the inference port binds; None: what a given cluster's nodes
+    were started with, since on several machines loopback is nobody's."""
     ray_url: str | None
     """RAY_API_SERVER_ADDRESS, if a cluster was given; else this line starts a head."""
     mlflow_url: str | None
@@ -89,7 +91,7 @@ class Line:
         line = cls(
             home=home,
             ports=read_ports(env, recorded),
-            host=env.get("RAYLINE_HTTP_HOST") or "127.0.0.1",
+            host=env.get("RAYLINE_HTTP_HOST") or None,
             ray_url=None,
             mlflow_url=None,
             storage_uri=env.get("RAYLINE_STORAGE") or None,
@@ -103,7 +105,7 @@ class Line:
         return cls(
             home=home,
             ports=line.ports,
-            host=line.host,
+            host=line.host or ("127.0.0.1" if given_ray is None else None),
             ray_url=given_ray,
             mlflow_url=mlflow_url if mlflow_url not in {"", line.tracking_uri} else None,
             storage_uri=line.storage_uri,
@@ -120,7 +122,7 @@ class Line:
             ("RAYLINE_STORAGE", self.storage_uri, STORAGE_SECRETS),
         ):
             refuse_password(name, value or "", instead)
-        if self.ray_url is None or _is_loopback(urlsplit(self.ray_url).hostname or ""):
+        if self.ray_url is None or is_loopback(urlsplit(self.ray_url).hostname or ""):
             return
         for name, value in (
             ("MLFLOW_TRACKING_URI", self.mlflow_url),
@@ -175,7 +177,7 @@ class Line:
 
     @property
     def serve_url(self) -> str:
-        """Where the models answer; a given cluster is taken to serve on its dashboard's host."""
+        """Where the models answer; a given cluster is called at its dashboard's host."""
         if given := self.passed_on.get("RAYLINE_SERVE_URL"):
             return given.rstrip("/")
         host = self.host if self.ray_url is None else urlsplit(self.ray_url).hostname
@@ -209,7 +211,7 @@ class Line:
             **PRIVATE,
             "RAYLINE_STORAGE": self.storage,
             "MLFLOW_TRACKING_URI": self.tracking_uri,
-            "RAYLINE_HTTP_HOST": self.host,
+            **({"RAYLINE_HTTP_HOST": self.host} if self.host else {}),
             "RAYLINE_HTTP_PORT": str(self.ports["http"]),
             "RAYLINE_GRPC_PORT": str(self.ports["grpc"]),
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
@@ -302,10 +304,6 @@ class Line:
     def port_variables(self) -> dict[str, str]:
         """Return the ports as the variables that set them."""
         return {variable(name): str(port) for name, port in self.ports.items()}
-
-
-def _is_loopback(host: str) -> bool:
-    return host in {"localhost", "::1"} or host.startswith("127.")
 
 
 def _write(path: Path, content: str, mode: int = 0o644) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lib.line.ports import PORTS, RANGE_SIZE
 
 LOOPBACK = "loopback"
-"""This machine only, whatever is set."""
+"""This machine only, whatever is set, of what `make up` starts."""
 SETTING = "RAYLINE_HTTP_HOST"
 """Loopback, unless that setting opens it."""
 NODE = "node address"

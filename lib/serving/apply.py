@@ -1,7 +1,8 @@
 """A change of what is served, in phases, so that no request meets a version that is not there.
 
 Bring new versions up → commit the policy → wait until every gateway follows it and has nothing
-in flight on what left → take that away. A version that fails to load stops at the first phase.
+in flight on what left → take that away. A version that fails to load stops at the first phase. On
+Kubernetes the RayService is told after the first and the last.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import requests
 from lib.cli import progress
 from lib.config import Settings
 from lib.errors import ServingError, StartError
-from lib.serving import plan, policy
+from lib.serving import plan, policy, rayservice
 from lib.serving.bundle import read_card
 from lib.serving.client import ServeClient, live_applications, wait_until
 from lib.serving.feedback import PROBE_ID
 from lib.serving.keys import internal_headers
 from lib.serving.predictor import load_predictor
+from lib.serving.reach import as_started, serve_url
 from lib.serving.traffic import COLOCATED, ModelTraffic, Policy
 from lib.storage import Storage
 
@@ -52,18 +54,22 @@ def apply(
             keeps the code that it was deployed with.
 
     Raises:
-        ServingError: A version did not start, or somebody else changed the policy meanwhile. What
-            was served before goes on.
+        ServingError: A version did not start, somebody else changed the policy meanwhile, or the
+            RayService can't be told. What was served before goes on.
     """
     models = {**(base.models if base else {}), settings.model: desired}
     client = ServeClient(settings)
+    settings = as_started(settings, client.details())
     _bring_up(settings, storage, client, models, new_code=new_code)
+    # Before anything depends on it: what it does not know goes when its operator restarts.
+    _tell_rayservice(settings, client)
     if base is None or models != base.models:
         default = base.default_model if base else settings.model
         base = policy.commit(storage, base, models, default_model=default, who=who, why=why)
         progress("deploy", f"policy generation {base.generation}: {describe(desired)}")
     _wait_followed(storage, client, base)
-    _take_away(settings, client, models)
+    if _take_away(settings, client, models):
+        _tell_rayservice(settings, client)
     _probe(settings, storage, desired)
     return base
 
@@ -74,14 +80,6 @@ def describe(traffic: ModelTraffic) -> str:
     shares = [f"v{version} {100 * w / total:g} %" for version, w in traffic.weights.items()]
     shares += [f"v{version} shadows {percent:g} %" for version, percent in traffic.shadows.items()]
     return ", ".join(shares)
-
-
-def serve_url(settings: Settings) -> str:
-    """Return where the models answer."""
-    if settings.serve_url:
-        return settings.serve_url
-    host = "127.0.0.1" if settings.http_host == "0.0.0.0" else settings.http_host
-    return f"http://{host}:{settings.http_port}"
 
 
 def _bring_up(
@@ -165,12 +163,19 @@ def _wait_followed(storage: Storage, client: ServeClient, wanted: Policy) -> Non
     wait_until(followed, deadline_s=FOLLOW_DEADLINE_S, what="the gateways' change of policy")
 
 
-def _take_away(settings: Settings, client: ServeClient, models: Mapping[str, ModelTraffic]) -> None:
+def _take_away(settings: Settings, client: ServeClient, models: Mapping[str, ModelTraffic]) -> bool:
     live = live_applications(client.details())
     kept = plan.names(models)
     if leaving := sorted(set(live) - kept):
         progress("deploy", f"taking away {', '.join(leaving)}")
         client.apply(plan.serve_config(settings, [live[name] for name in sorted(kept)]))
+    return bool(leaving)
+
+
+def _tell_rayservice(settings: Settings, client: ServeClient) -> None:
+    if settings.rayservice:
+        live = live_applications(client.details())
+        rayservice.patch(settings.rayservice, plan.ray_service_patch(settings, live))
 
 
 def _probe(settings: Settings, storage: Storage, desired: ModelTraffic) -> None:

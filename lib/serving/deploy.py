@@ -14,7 +14,8 @@ from lib.cli import progress
 from lib.config import Settings
 from lib.errors import ServingError
 from lib.serving import policy
-from lib.serving.apply import apply, describe, serve_url
+from lib.serving.apply import apply, describe
+from lib.serving.reach import serve_url
 from lib.serving.traffic import ModelTraffic, Policy
 from lib.storage import Storage
 

@@ -60,7 +60,6 @@ class Cluster:
             "RAY_API_SERVER_ADDRESS": self.url,
             "MLFLOW_TRACKING_URI": self.servers.mlflow_url,
             "RAYLINE_STORAGE": STORAGE,
-            "RAYLINE_HTTP_HOST": "0.0.0.0",
         }
 
     def start_head(self) -> None:
@@ -140,11 +139,12 @@ def clean_env() -> dict[str, str]:
 
 
 def _of_cluster_env() -> dict[str, str]:
-    """Return how deploy/cluster.env sets up Ray and Serve.
+    """Return how deploy/cluster.env sets up Ray and Serve, and where inference listens.
 
-    RAYLINE_CLUSTER_HAPROXY=0 leaves that out: then the cluster is one of Ray's defaults.
+    RAYLINE_CLUSTER_HAPROXY=0 leaves Ray's settings out: then the cluster is one of its defaults.
     """
-    if os.environ.get("RAYLINE_CLUSTER_HAPROXY") == "0":
-        return {}
     text = (PROJECT_ROOT / "deploy" / "cluster.env").read_text()
-    return dict(re.findall(r"^export (RAY_(?:SERVE|health)_\w+)=(\S+)$", text, flags=re.M))
+    names = "RAYLINE_HTTP_HOST"
+    if os.environ.get("RAYLINE_CLUSTER_HAPROXY") != "0":
+        names += r"|RAY_(?:SERVE|health)_\w+"
+    return dict(re.findall(rf"^export ({names})=(\S+)$", text, flags=re.M))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 JENKINS = ROOT / "deploy" / "Jenkinsfile"
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-CALLED = {"audit", "image", "train", "rollout", "rollback", "rayservice"}
-# The part of issue 5 that rolls out is written beside this; its job comes with it.
+CALLED = {"audit", "image", "push", "train", "rollout", "rollback", "rayservice"}
 
 
 def workflow(path: Path) -> dict[str, Any]:
@@ -39,12 +39,17 @@ def named(text: str) -> tuple[set[str], set[str]]:
     return targets, jobs
 
 
+def expressions(text: str) -> set[str]:
+    """What GitHub would put into a text before any shell sees it."""
+    return {found.strip() for found in re.findall(r"\$\{\{(.*?)\}\}", text, re.DOTALL)}
+
+
 def has_job(name: str) -> bool:
     return (ROOT / "jobs" / f"{name}.py").exists()
 
 
-def test_there_are_the_four_workflows() -> None:
-    assert [path.stem for path in WORKFLOWS] == ["deploy", "rollback", "test", "train"]
+def test_there_are_the_five_workflows() -> None:
+    assert [path.stem for path in WORKFLOWS] == ["deploy", "drill", "rollback", "test", "train"]
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -87,6 +92,8 @@ def test_triggers_are_those_that_people_rely_on() -> None:
     on = {path.stem: workflow(path)["on"] for path in WORKFLOWS}
     assert on["train"]["pull_request"] == {"types": ["labeled"]}
     assert on["train"]["schedule"]
+    assert on["drill"]["pull_request"] == {"types": ["labeled"]}
+    assert on["drill"]["schedule"]
     assert on["deploy"] == {"push": {"tags": ["v*", "model/*/*"]}}
     assert set(on["rollback"]) == {"workflow_dispatch"}
     assert on["rollback"]["workflow_dispatch"]["inputs"]["why"]["required"] is True
@@ -104,8 +111,7 @@ def test_workflows_give_away_nothing(path: Path) -> None:
     for step in steps(path):
         script = step.get("run", "")
         # What others write (titles, branches, inputs) reaches scripts as variables, never as text.
-        inside = re.findall(r"\$\{\{\s*(\S+?)\s*\}\}", script)
-        assert set(inside) <= {"matrix.device"}, inside
+        assert expressions(script) <= {"matrix.device"}
         if step.get("uses", "").startswith("actions/checkout@"):
             assert step["with"]["persist-credentials"] is False
         if "uses" in step:
@@ -127,6 +133,7 @@ def test_the_jenkinsfile_is_balanced_and_declarative() -> None:
     assert bare.lstrip().startswith("pipeline {")
     assert re.findall(r"stage\('(\w+)'\)", text) == [
         "Test",
+        "Drill",
         "Image",
         "Train",
         "Rollout",
@@ -134,13 +141,75 @@ def test_the_jenkinsfile_is_balanced_and_declarative() -> None:
         "RayService",
     ]
     # Parameters reach scripts through the environment; Groovy never puts them into a command.
-    assert not re.search(r"sh \"", text)
+    assert not re.search(r"(?m)^\s*sh \"", text)
+
+
+def test_an_expression_with_spaces_in_it_would_be_found() -> None:
+    script = "echo ${{ github.event.title || 'none' }} ${{matrix.device}}"
+    assert expressions(script) == {"github.event.title || 'none'", "matrix.device"}
+
+
+@pytest.mark.parametrize(("name", "verb"), [("deploy", "rollout"), ("rollback", "rollback")])
+def test_what_changes_traffic_knows_where_it_is_and_gets_in(name: str, verb: str) -> None:
+    (path,) = [path for path in WORKFLOWS if path.stem == name]
+    job = workflow(path)["jobs"][verb]
+    settings = ("SERVE_URL", "SERVE_API", "SERVE_LABELS", "STORAGE", "HTTP_HOST")
+    for setting in (f"RAYLINE_{word}" for word in settings):
+        assert expressions(job["env"][setting]) == {f"vars.{setting}"}
+        assert setting in JENKINS.read_text()
+    (step,) = [step for step in job["steps"] if f"make {verb}" in step.get("run", "")]
+    keys = {"RAYLINE_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    keys |= {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"}
+    assert {key for key in keys if expressions(step["env"][key]) == {f"secrets.{key}"}} == keys
+
+
+def test_the_cluster_is_tested_as_we_start_it_and_as_ray_does() -> None:
+    nodes = workflow(ROOT / ".github" / "workflows" / "test.yml")["jobs"]["nodes"]
+    assert sorted(nodes["strategy"]["matrix"]["haproxy"]) == ["0", "1"]
+    step = nodes["steps"][-1]
+    assert expressions(step["env"]["RAYLINE_CLUSTER_HAPROXY"]) == {"matrix.haproxy"}
+    assert step["run"].endswith(".ci/run nodes")
+    assert "RAYLINE_CLUSTER_HAPROXY=0 .ci/run nodes" in JENKINS.read_text()
+    for path in (ROOT / ".github" / "workflows" / "drill.yml", JENKINS):
+        assert ".ci/run drill" in path.read_text()
+        assert "deploy/rehearse.sh" in path.read_text()
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_an_image_is_pushed_by_the_name_that_the_overlays_have(tmp_path: Path, device: str) -> None:
+    overlay = ROOT / "deploy" / "kubernetes" / "overlays" / {"cpu": "small"}.get(device, device)
+    text = (overlay / "kustomization.yaml").read_text()
+    (image,) = yaml.safe_load(text)["images"]
+    wanted = f"{image['newName']}:{image['newTag']}"
+    tag = f"v{image['newTag'].removesuffix(f'-{device}')}"
+    assert (
+        "# EDIT: where your image is (`make push`):\n#   kustomize edit set image rayline=" in text
+    )
+    found = re.search(r"^push:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found
+    docker = tmp_path / "docker"
+    docker.write_text('#!/bin/sh\necho "$@"\n')
+    docker.chmod(0o755)
+    registry = image["newName"].removesuffix("/rayline").replace("example", "Example")
+    done = subprocess.run(
+        ["bash", "-c", found.group(1).removeprefix("\t@").replace("$$", "$")],
+        env={
+            "PATH": f"{tmp_path}:/usr/bin:/bin",
+            "REGISTRY": registry,
+            "TAG": tag,
+            "DEVICE": device,
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"tag rayline:{device} {wanted}\npush {wanted}\n"
 
 
 def test_make_runs_nothing_that_others_write() -> None:
     text = (ROOT / "Makefile").read_text()
-    for name in ("WHY", "VERSION", "PRESET", "DEVICE"):
-        for target in ("train", "rollout", "rollback", "image"):
+    for name in ("WHY", "VERSION", "PRESET", "DEVICE", "TAG", "REGISTRY"):
+        for target in ("train", "rollout", "rollback", "image", "push"):
             recipe = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", text, re.MULTILINE)
             assert recipe
             assert f"$({name})" not in recipe.group(1)

@@ -25,12 +25,12 @@ def cluster(name: str) -> dict[str, Any]:
     return dict(yaml.safe_load((ROOT / name).read_text()))
 
 
-def sourced() -> dict[str, str]:
+def sourced(home: str = "/home/ubuntu", **env: str) -> dict[str, str]:
     """The environment that a node gets from deploy/cluster.env."""
     script = 'set -eu; . "$1"; env -0'
     done = subprocess.run(
         ["sh", "-c", script, "sh", str(ROOT / "deploy" / "cluster.env")],
-        env={"PATH": "/usr/bin:/bin", "HOME": "/home/ubuntu", "RAY_HEAD_IP": "10.0.0.7"},
+        env={"PATH": "/usr/bin:/bin", "HOME": home, "RAY_HEAD_IP": "10.0.0.7", **env},
         capture_output=True,
         text=True,
         check=True,
@@ -94,9 +94,13 @@ def test_the_settings_of_a_node_are_whole() -> None:
     assert env["PATH"].startswith("/home/ubuntu/venv/bin:")
 
 
+def node_types() -> dict[str, Any]:
+    return dict(cluster("cluster.yaml")["available_node_types"])
+
+
 def test_trials_find_gpu_pools_and_gateways_others() -> None:
     env = sourced()
-    types = cluster("cluster.yaml")["available_node_types"]
+    types = node_types()
     trials = read_selector("RAYLINE_TRIAL_LABELS", env["RAYLINE_TRIAL_LABELS"])
     serving = read_selector("RAYLINE_SERVE_LABELS", env["RAYLINE_SERVE_LABELS"])
     for_trials = {name for name, kind in types.items() if matches(trials, kind["labels"])}
@@ -111,6 +115,43 @@ def test_trials_find_gpu_pools_and_gateways_others() -> None:
     for pool in (spot, fallback):
         assert pool["min_workers"] == 0
         assert pool["max_workers"] >= int(env["RAYLINE_TRIAL_GPUS"])
+
+
+def pools(command: str, home: Path) -> Settings:
+    """The settings of a node whose setup was that command of cluster-local.yaml."""
+    subprocess.run(["sh", "-ec", command], env={"HOME": str(home)}, check=True)
+    return Settings.from_env(sourced(str(home)))
+
+
+def test_machines_without_a_gpu_can_train(tmp_path: Path) -> None:
+    commands = cluster("deploy/cluster-local.yaml")["setup_commands"]
+    (command,) = [command for command in commands if ".rayline.env" in command]
+    plain = pools(command, tmp_path)
+    assert (plain.trial_gpus, plain.trial_labels, plain.serve_labels) == (0, "", "")
+    # The line for machines that have some: to the pools that their nodes are labelled with.
+    text = (ROOT / "deploy" / "cluster-local.yaml").read_text()
+    (other,) = re.findall(r"^  #   - (echo .*\.rayline\.env)$", text, re.MULTILINE)
+    with_gpus = pools(other, tmp_path)
+    assert with_gpus.trial_gpus == 2
+    assert with_gpus.trial_labels == "rayline/pool=trials"
+    assert with_gpus.serve_labels == "rayline/pool=serve"
+    # What a shell says for itself stays, an empty one too.
+    assert sourced(RAYLINE_TRIAL_LABELS="")["RAYLINE_TRIAL_LABELS"] == ""
+
+
+def test_what_has_to_be_there_before_the_first_ray_up_is_marked() -> None:
+    text = (ROOT / "cluster.yaml").read_text()
+    # The head's role may ask EC2, and not SSM, for which image that is.
+    images = [kind["node_config"]["ImageId"] for kind in node_types().values()]
+    assert all(re.fullmatch(r"ami-[0-9a-f]{17}", image) for image in images)
+    assert len(set(images)) == 2
+    for image in set(images):
+        before = text[: text.index(image)].splitlines()[-5:]
+        assert any("EDIT" in line for line in before)
+    assert text.count("/ami-id\n") == 2
+    mount = text[: text.index("mount -t nfs4")].splitlines()[-6:]
+    assert any("EDIT" in line and "storage root" in line for line in mount)
+    assert any("port 2049" in line for line in mount)
 
 
 def test_local_nodes_get_the_same_labels() -> None:

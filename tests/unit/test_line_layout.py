@@ -5,7 +5,9 @@ import socket
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -15,7 +17,9 @@ from lib.config import Settings
 from lib.errors import ConfigError
 from lib.line.layout import Line
 from lib.line.processes import LINE_VARIABLE
-from lib.serving.client import wait_until
+from lib.serving import plan
+from lib.serving.client import ServeClient, wait_until
+from lib.serving.reach import as_started, check_host, serve_url
 
 
 def line(home: Path, **env: str) -> Line:
@@ -71,14 +75,61 @@ def test_given_servers_are_used_as_they_are(tmp_path: Path) -> None:
     assert given.serve_url == "http://ray.example:8000"
 
 
+CLUSTER = {
+    "RAY_API_SERVER_ADDRESS": "http://head:8265",
+    "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+    "RAYLINE_STORAGE": "s3://bucket/rayline",
+}
+"""As in the README."""
+
+
+def test_where_inference_listens_is_for_a_given_cluster_s_nodes_to_say(tmp_path: Path) -> None:
+    given = line(tmp_path, **CLUSTER)
+    assert "RAYLINE_HTTP_HOST" not in given.settings_env()
+    # In a job there: what the node that it runs on was started with, and what the line sends.
+    in_job = Settings.from_env({"RAYLINE_HTTP_HOST": "0.0.0.0"} | given.settings_env())
+    assert plan.serve_config(in_job, [])["http_options"] == {"host": "0.0.0.0", "port": 8000}
+    # In the job, in a shell that has sourced the env file, and for `make up`, it is called there.
+    in_shell = Settings.from_env(given.client_env())
+    assert serve_url(in_job) == serve_url(in_shell) == given.serve_url == "http://head:8000"
+    asked = line(tmp_path, **CLUSTER, RAYLINE_HTTP_HOST="10.0.0.7")
+    assert asked.settings_env()["RAYLINE_HTTP_HOST"] == "10.0.0.7"
+    behind = line(tmp_path, **CLUSTER, RAYLINE_SERVE_URL="https://models.example/")
+    assert serve_url(Settings.from_env(behind.settings_env())) == "https://models.example"
+    assert behind.serve_url == "https://models.example"
+
+
+def test_a_line_of_one_machine_says_loopback_itself(tmp_path: Path) -> None:
+    own = line(tmp_path)
+    assert own.settings_env()["RAYLINE_HTTP_HOST"] == "127.0.0.1"
+    assert serve_url(Settings.from_env(own.settings_env())) == own.serve_url
+    opened = line(tmp_path, RAYLINE_HTTP_HOST="0.0.0.0")
+    assert opened.settings_env()["RAYLINE_HTTP_HOST"] == "0.0.0.0"
+    assert opened.serve_url == "http://127.0.0.1:8000"
+
+
+def test_a_deploy_that_no_caller_could_reach_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings.from_env(line(tmp_path, **CLUSTER).settings_env())
+    live: dict[str, Any] = {}
+    monkeypatch.setattr(ServeClient, "details", lambda self: live)
+    with pytest.raises(ConfigError, match="RAYLINE_HTTP_HOST=0.0.0.0.*RAYLINE_SERVE_URL"):
+        check_host(settings)
+    # Serve keeps the host that it was started with, whatever this shell says.
+    live["http_options"] = {"host": "0.0.0.0", "port": 8000}
+    check_host(settings)
+    assert as_started(settings, live).http_host == "0.0.0.0"
+    live["http_options"] = {"host": "127.0.0.1", "port": 8000}
+    with pytest.raises(ConfigError, match="serve shutdown"):
+        as_started(replace(settings, http_host="0.0.0.0"), live)
+    as_started(replace(settings, serve_url="https://models.example"), live)
+    as_started(Settings.from_env(line(tmp_path).settings_env()), live)
+
+
 @pytest.mark.parametrize("missing", ["MLFLOW_TRACKING_URI", "RAYLINE_STORAGE"])
 def test_a_cluster_elsewhere_needs_servers_that_it_can_reach(tmp_path: Path, missing: str) -> None:
-    env = {
-        "RAY_API_SERVER_ADDRESS": "http://ray.example:8265",
-        "MLFLOW_TRACKING_URI": "http://mlflow.example",
-        "RAYLINE_STORAGE": "s3://bucket/rayline",
-    }
-    del env[missing]
+    env = {name: value for name, value in CLUSTER.items() if name != missing}
     with pytest.raises(ConfigError, match=f"set {missing}"):
         line(tmp_path, **env)
 

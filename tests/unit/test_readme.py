@@ -13,6 +13,7 @@ import pytest
 
 from lib.line.layout import PROJECT_ROOT
 from lib.line.ports import variables
+from tests.bench.__main__ import LONG_PARTS, PARTS
 
 README = (PROJECT_ROOT / "README.md").read_text()
 MAKEFILE = (PROJECT_ROOT / "Makefile").read_text()
@@ -87,4 +88,10 @@ def test_every_setting_it_names_is_one() -> None:
 def test_its_results_are_filled_in() -> None:
     results = README.partition("## Results")[2]
     assert "RESULTS" not in results
-    assert "make bench" in results
+    # What it says of `make bench` is what that measures; the others it calls by name.
+    (told,) = re.findall(r"`make bench` prints the tables of ([\w, ]+), with", results)
+    assert tuple(re.findall(r"\w+", told.replace(" and ", ", "))) == PARTS
+    measured = set(re.findall(r"python -m tests\.bench (\w+)", results))
+    assert measured <= {*PARTS, *LONG_PARTS}
+    for page in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (PROJECT_ROOT / page).exists(), page

@@ -34,6 +34,16 @@ def test_the_page_shows_the_table_as_it_is() -> None:
     assert shown == expected
 
 
+def test_the_readme_shows_the_same_in_short() -> None:
+    ports: dict[tuple[str, str], list[str]] = {}
+    for _, port, _, binds, auth in table():
+        ports.setdefault((binds, auth), []).append(port)
+    page = (ROOT / "README.md").read_text()
+    shown = page.partition("| listens on | who gets in | ports |\n| --- | --- | --- |\n")[2]
+    rows = [f"| {binds} | {auth} | {', '.join(found)} |" for (binds, auth), found in ports.items()]
+    assert shown.partition("\n\n")[0].splitlines() == rows
+
+
 def test_every_port_of_the_line_is_in_the_table() -> None:
     assert set(LISTENERS) == set(PORTS)
 
@@ -45,6 +55,17 @@ def test_the_least_firewall_closes_all_that_ray_can_t_bind() -> None:
     shown = set(rule.group(1).split(", "))
     expected = {port for name, port, _, binds, _ in table() if binds == ALL and name in PORTS}
     assert shown == {port.replace("–", "-") for port in expected}
+
+
+@pytest.mark.parametrize(
+    "name", ["cluster.yaml", "deploy/cluster-local.yaml", "deploy/kubernetes/base/mlflow.yaml"]
+)
+def test_the_page_says_who_starts_mlflow_for_others(name: str) -> None:
+    assert re.search(r"--host[ =]0\.0\.0\.0", (ROOT / name).read_text())
+    page = (ROOT / "deploy" / "SECURITY.md").read_text()
+    (told,) = [part for part in page.split("\n\n") if part.startswith("**On a cluster**")]
+    assert f"`{name}`" in told
+    assert "5000" in told
 
 
 def test_ports_are_known_by_their_ranges() -> None:

@@ -15,8 +15,8 @@ from lib.errors import ConfigError
 from lib.line.layout import Line
 from lib.selector import matches, read_selector
 from lib.serving import plan
-from lib.serving.apply import serve_url
 from lib.serving.client import ServeClient
+from lib.serving.reach import serve_url
 from lib.serving.traffic import ModelTraffic
 from lib.train.resources import grown, share
 
