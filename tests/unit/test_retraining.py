@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+import jobs.retrain
 import lib.storage
 from lib.config import Settings
 from lib.errors import LineError, RetrainError, ServingError, TooFewError
@@ -165,6 +166,41 @@ def test_one_that_waits_for_its_process_is_not_started_again(
     first = retrain.start(settings, storage, "drift", submit=lambda *ignored: None)
     with pytest.raises(RetrainError, match=first):
         retrain.start(settings, storage, "drift", submit=lambda *ignored: None)
+
+
+def test_one_that_another_keeps_from_beginning_is_not_on_record(
+    storage: Storage, settings: Settings
+) -> None:
+    def run_new(reason: str = "person") -> Record:
+        return retrain.run_new(storage, MODEL, reason, FakeSteps(storage), who="ada")
+
+    with retrain_record.only_one(storage, MODEL), pytest.raises(RetrainError, match="under way"):
+        run_new()
+    assert history(storage, MODEL) == []
+    waiting = retrain.start(settings, storage, "drift", submit=lambda *ignored: None)
+    with pytest.raises(RetrainError, match=f"{waiting} of {MODEL} is about to begin"):
+        run_new()
+    assert [record.id for record in history(storage, MODEL)] == [waiting]
+    retrain.run(storage, retrain_record.read(storage, MODEL, waiting), FakeSteps(storage))
+    with pytest.raises(RetrainError, match="needs a reason"):
+        run_new(" ")
+    record = run_new()
+    assert (record.state, record.who, record.asked) == (DONE, "ada", None)
+    assert history(storage, MODEL)[-1] == record
+    assert interrupted(storage, MODEL) is None
+
+
+def test_the_job_puts_none_on_record_before_it_may_begin(
+    storage: Storage, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["jobs.retrain"])
+    monkeypatch.setenv("RAYLINE_STORAGE", storage.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.mlflow_uri)
+    monkeypatch.setenv("RAYLINE_MODEL", MODEL)
+    monkeypatch.setattr(jobs.retrain.ray, "init", lambda **_: None)
+    with retrain_record.only_one(storage, MODEL), pytest.raises(SystemExit):
+        jobs.retrain.main()
+    assert history(storage, MODEL) == []
 
 
 def test_a_job_that_ray_refuses_is_on_record_as_failed(
