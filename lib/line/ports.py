@@ -62,6 +62,7 @@ _PLACES = {
     "GRAFANA_URL": "a Grafana with Rayline's dashboards, which Ray's dashboard then embeds",
     "RAYLINE_HTTP_HOST": "address that the inference port binds (127.0.0.1)",
     "RAYLINE_LOG_IMAGES": "percent of requests whose images are logged; at the head's start (100)",
+    "RAYLINE_LOG_DAYS": "days that the log of predictions is kept; at the head's start (30)",
     "RAYLINE_SERVE_API": "Ray dashboard of the cluster that serves, if it is not the jobs' one",
     "RAYLINE_SERVE_URL": "address of the models, where it is not the inference port's host",
     "RAYLINE_TRIAL_LABELS": "labels of the nodes for trials, as key=value or key=!value (any)",
