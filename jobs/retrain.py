@@ -2,7 +2,7 @@
 
 python -m jobs.submit retrain
 python -m jobs.submit retrain --reason "new camera" --preset full --days 2
-python -m jobs.submit retrain --steps 10,50,100 --min-requests 500   # of its rollout
+python -m jobs.submit retrain --steps 10,50,100 --min-requests 500 --step-timeout 3600  # rollout's
 python -m jobs.submit retrain --resume 20261125T094500-1f0c2a
 """
 

@@ -17,7 +17,7 @@ import pytest
 import jobs.retrain
 import lib.storage
 from lib.config import Settings
-from lib.errors import LineError, RetrainError, ServingError, TooFewError
+from lib.errors import ConfigError, LineError, RetrainError, ServingError, TooFewError
 from lib.storage import Storage
 from lib.watch import retrain, retrain_record
 from lib.watch.lineage import of_retrain, to_mermaid, to_svg
@@ -268,6 +268,24 @@ def test_an_unknown_retrain_and_an_empty_reason_are_said(storage: Storage) -> No
         begin(storage, " ")
     with pytest.raises(RetrainError, match="days=0"):
         Options(days=0)
+
+
+def test_its_rollout_has_time_for_few_requests() -> None:
+    def timeout_s(**given: Any) -> float:
+        options = Options(**given)
+        assert Options.from_json(json.loads(json.dumps(options.to_json()))) == options
+        return options.rollout("ada").stage_timeout_s
+
+    # 200 answers of a share of 1 %.
+    assert timeout_s() == pytest.approx(20_000 / (10 / 3))
+    assert timeout_s(min_requests=500) == pytest.approx(15_000)
+    assert timeout_s(steps=(10, 50, 100), min_requests=100) == 600
+    assert timeout_s(step_timeout_s=900) == 900
+    for wrong in ({"step_timeout_s": 0}, {"steps": ()}, {"steps": (0, 100)}):
+        with pytest.raises(ConfigError, match="--step"):
+            Options(**wrong)  # type: ignore[arg-type]
+    older = {"preset": "quick", "days": 7.0, "min_requests": 200}
+    assert Options.from_json(older) == Options()
 
 
 def test_the_lineage_leads_from_the_requests_to_the_rollout(storage: Storage) -> None:
