@@ -62,7 +62,6 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
             show(state)
             if gauges:
                 gauges.update(of_monitor(state), instead_of=MONITOR)
-            predictions.expire(storage, settings.model)
         except AWAY as error:
             if asked.once:
                 raise

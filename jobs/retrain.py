@@ -2,7 +2,7 @@
 
 python -m jobs.submit retrain
 python -m jobs.submit retrain --reason "new camera" --preset full --days 2
-python -m jobs.submit retrain --steps 10,50,100 --min-requests 500   # of its rollout
+python -m jobs.submit retrain --steps 10,50,100 --min-requests 500 --step-timeout 3600  # rollout's
 python -m jobs.submit retrain --resume 20261125T094500-1f0c2a
 """
 
@@ -41,24 +41,23 @@ def main() -> None:
     def job() -> dict[str, Any]:
         settings = Settings.from_env()
         storage = Storage(settings.storage)
-        if arguments.resume:
-            record = read(storage, settings.model, arguments.resume)
-        else:
-            options = retrain_asked.asked(arguments)
-            caller = name_of_caller(storage, os.environ.get("RAYLINE_API_KEY"))
-            who = caller or provenance.current().owner or "unknown"
-            record = retrain.begin(
-                storage, settings.model, arguments.reason, who=who, options=options
-            )
+        record = read(storage, settings.model, arguments.resume) if arguments.resume else None
+        options = retrain_asked.asked(arguments)
         ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.WARNING)
         steps = RetrainSteps(
             settings=settings,
             storage=storage,
-            preset=preset(str(record.options["preset"])),
+            preset=preset(str(record.options["preset"]) if record else options.preset),
             joined=predictions.joined,
             rollout_of=hand_over,
         )
-        return retrain.run(storage, record, steps).to_json()
+        if record:
+            return retrain.run(storage, record, steps).to_json()
+        caller = name_of_caller(storage, os.environ.get("RAYLINE_API_KEY"))
+        who = caller or provenance.current().owner or "unknown"
+        return retrain.run_new(
+            storage, settings.model, arguments.reason, steps, who=who, options=options
+        ).to_json()
 
     run(job)
 

@@ -36,6 +36,8 @@ class Settings:
     """RAYLINE_GRPC_PORT: inference port of gRPC."""
     log_images: float = 100.0
     """RAYLINE_LOG_IMAGES: percent of the requests whose images go into the prediction log."""
+    log_days: int = 30
+    """RAYLINE_LOG_DAYS: whole days that the prediction log is kept, with its images and labels."""
     ray_address: str = "http://127.0.0.1:8265"
     """RAY_API_SERVER_ADDRESS: Ray dashboard, which takes jobs and the Serve config."""
     serve_api: str = ""
@@ -99,6 +101,7 @@ class Settings:
             http_port=ports["RAYLINE_HTTP_PORT"],
             grpc_port=ports["RAYLINE_GRPC_PORT"],
             log_images=log_images_percent(env),
+            log_days=log_days(env),
             ray_address=env.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265",
             serve_api=(env.get("RAYLINE_SERVE_API") or "").rstrip("/"),
             serve_url=(env.get("RAYLINE_SERVE_URL") or "").rstrip("/"),
@@ -130,6 +133,14 @@ def log_images_percent(env: Mapping[str, str]) -> float:
     if not 0 <= percent <= 100:
         raise ConfigError(f"RAYLINE_LOG_IMAGES={given!r} is not a percentage, 0 to 100")
     return percent
+
+
+def log_days(env: Mapping[str, str]) -> int:
+    """Return RAYLINE_LOG_DAYS, 30 by default."""
+    given = env.get("RAYLINE_LOG_DAYS") or "30"
+    if not (given.isdecimal() and int(given) >= 1):
+        raise ConfigError(f"RAYLINE_LOG_DAYS={given!r} is not a number of days, 1 or more")
+    return int(given)
 
 
 def _serve_cpus(env: Mapping[str, str]) -> float:

@@ -133,7 +133,9 @@ class Storage:
                 return False
             self.write_json(relative, content)
             return True
-        claim = f"{relative}.{uuid.uuid4().hex}"
+        folder, slash, name = relative.rpartition("/")
+        # Named so that `list` leaves it out, should this process die before it is unlinked.
+        claim = f"{folder}{slash}.tmp-{uuid.uuid4().hex}-{name}"
         self.write_json(claim, content)
         try:
             os.link(self.path(claim), self.path(relative))

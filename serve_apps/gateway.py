@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
-from lib.config import log_images_percent
+from lib.config import log_days, log_images_percent
 from lib.serving.batcher import Predict
 from lib.serving.bundle import Card
 from lib.serving.channel import ChannelLost, Channels, channel_folder
@@ -24,6 +24,7 @@ from lib.serving.record import Record
 from lib.serving.router import Images, Probabilities, Router, with_retries
 from lib.serving.traffic import COLOCATED
 from lib.storage import Storage
+from lib.watch.predictions import Retention
 from lib.watch.recorder import Recorder
 from lib.watch.stats import Stats
 from serve_apps import fast_lane
@@ -49,6 +50,7 @@ class Gateway(GrpcLane):
     def __init__(self, storage: str) -> None:
         self._storage = Storage(storage)
         self._recorder = Recorder(self._storage, image_percent=log_images_percent(os.environ))
+        self._retention = Retention(self._storage, log_days(os.environ))
         self._router = Router(
             self._storage,
             self._make_predict,
@@ -115,7 +117,7 @@ class Gateway(GrpcLane):
             self._channels.pop(application).close()
 
     async def _keep_records(self) -> None:
-        """Report counts, with one log line for many requests."""
+        """Report counts, with one log line for many requests; delete what is too old."""
         reporter = Reporter()
         stats = Stats(self._storage, serve.get_replica_context().replica_id.unique_id)
         while True:
@@ -132,6 +134,7 @@ class Gateway(GrpcLane):
                 await asyncio.to_thread(stats.flush)
             except Exception:
                 _log.exception("the counts for the console could not be written; they are kept")
+            await asyncio.to_thread(self._retention.look)
 
     async def _make_predict(self, card: Card, bundle: str, placement: str) -> Predict:
         if placement == COLOCATED:

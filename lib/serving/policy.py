@@ -7,6 +7,7 @@ microseconds and needs no process beside storage; the last policy read stays in 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
@@ -14,15 +15,22 @@ from lib.errors import ServingError
 from lib.serving.traffic import ModelTraffic, Policy
 from lib.storage import Storage
 
+_GENERATION = re.compile(r"traffic/\d{8}\.json")
+
 
 def _path(generation: int) -> str:
     return f"traffic/{generation:08d}.json"
 
 
+def _files(storage: Storage) -> list[str]:
+    """Return the generations' files, oldest first: whatever else lies there is no generation."""
+    return [path for path in storage.list("traffic") if _GENERATION.fullmatch(path)]
+
+
 def current(storage: Storage, *, known: Policy | None = None) -> Policy | None:
     """Return the newest policy, or None before the first; `known` saves the listing."""
     if known is None:
-        files = storage.list("traffic")
+        files = _files(storage)
         if not files:
             return None
         return Policy.from_json(storage.read_json(files[-1]))
@@ -33,7 +41,7 @@ def current(storage: Storage, *, known: Policy | None = None) -> Policy | None:
 
 def history(storage: Storage) -> list[Policy]:
     """Return every policy that there was, oldest first."""
-    return [Policy.from_json(storage.read_json(path)) for path in storage.list("traffic")]
+    return [Policy.from_json(storage.read_json(path)) for path in _files(storage)]
 
 
 def commit(

@@ -13,7 +13,44 @@ from scipy import stats
 from lib.watch.populations import Answers, Floats
 
 _REFERENCE_LEVEL = 0.1
-"""Chance that any distribution function of the reference is further off than it is taken to be."""
+"""Chance that any distribution function of a sample is further off than it is taken to be: for each
+population, and in each group of tests (features; confidence and entropy; shares of classes)."""
+_MIXTURES = 11
+"""From the first sample alone to the second alone."""
+MOST_UNMIXED = 5.0
+"""The largest weight of the second sample: the new kind is a fifth of it, or more."""
+_UNMIXED = 13
+"""From the second sample alone to that weight, in steps of a seventh."""
+_MOST_ERROR = 1 / 3
+"""Of a mixture with a weight above 1: beyond it, hardly anything would be too far away."""
+_THINNED = 500
+"""Rows of the second sample that tell whether it is like the first."""
+
+
+def mixtures(samples: Sequence[npt.NDArray[np.float32]], tolerance: float) -> Floats:
+    """Return the mixtures, (M, P), that are tried of one sample, or of ingested and live images.
+
+    A live weight above 1 takes ingested images out of the live ones. That needs something else
+    among them: of a sample like the first one only its error would be left, which would hide drift
+    of any kind.
+    """
+    if len(samples) == 1:
+        return np.ones((1, 1))
+    ingested, live = samples
+    mixed_MP = _weights(np.linspace(0.0, 1.0, _MIXTURES))
+    errors_P = np.array([reference_error(*sample.shape) for sample in samples])
+    # Rows at even distances of each sorted column are distributed like all of it.
+    thinned = live[:: max(1, len(live) // _THINNED)]
+    (distance_F,), _ = compare(thinned, [ingested], np.ones((1, 1)), tolerance)
+    if np.abs(distance_F).max() <= tolerance + errors_P.sum():
+        return mixed_MP
+    unmixed_MP = _weights(np.geomspace(1.0, MOST_UNMIXED, _UNMIXED)[1:])
+    is_known_M = np.abs(unmixed_MP) @ errors_P <= _MOST_ERROR
+    return np.concatenate([mixed_MP, unmixed_MP[is_known_M]])
+
+
+def _weights(live_M: Floats) -> Floats:
+    return np.stack([1.0 - live_M, live_M], axis=1)
 
 
 def compare(
@@ -34,7 +71,7 @@ def compare(
         [_distances(ours, theirs, weights_MP) for ours, *theirs in columns], axis=1
     )
     errors_P = [reference_error(*sample.shape) for sample in samples]
-    allowed_M1 = (tolerance + weights_MP @ errors_P)[:, None]
+    allowed_M1 = (tolerance + np.abs(weights_MP) @ errors_P)[:, None]
     p_value_MF = stats.kstwo.sf(np.maximum(np.abs(distance_MF) - allowed_M1, 0), len(window_NF))
     return distance_MF, np.clip(p_value_MF, 0, 1)
 
@@ -53,13 +90,16 @@ def _distances(
 
     As `scipy.stats.ks_2samp` has it of ascending samples, but the reference need not be sorted each
     time, which takes nearly all of that one's time. The functions are furthest apart at, or just
-    before, one of our values.
+    before, one of our values; with a weight above 1 they may be so elsewhere, and the distance
+    found is a lower bound.
     """
 
     def above_MN(side: Literal["left", "right"]) -> Floats:
         at_theirs_PN = np.stack([np.searchsorted(s, ours, side) / len(s) for s in samples])
         at_ours_N = np.searchsorted(ours, ours, side) / len(ours)
-        return np.asarray(weights_MP @ at_theirs_PN - at_ours_N)
+        # With a weight above 1 it can leave the range of a distribution function, and what is cut
+        # off there makes no distance to one larger.
+        return np.asarray(np.clip(weights_MP @ at_theirs_PN, 0.0, 1.0) - at_ours_N)
 
     # Where our function is below theirs, our values are the larger ones.
     larger_M, smaller_M = above_MN("left").max(axis=1), -above_MN("right").min(axis=1)
@@ -81,9 +121,9 @@ def compare_answers(
     counts, *known = (
         np.bincount(given.predicted_N, minlength=num_classes) for given in (answers, *held_out)
     )
-    shares_MK = weights_MP @ [its / its.sum() for its in known]
+    shares_MK = np.clip(weights_MP @ [its / its.sum() for its in known], 0.0, 1.0)
     errors_P = [reference_error(len(given), num_classes) for given in held_out]
-    allowed_M1 = (tolerance + weights_MP @ errors_P)[:, None]
+    allowed_M1 = (tolerance + np.abs(weights_MP) @ errors_P)[:, None]
     shift_MK = counts / len(answers) - shares_MK
     p_shares_MK = _share_p_values(counts, shares_MK, allowed_M1)
     return np.hstack([distance, shift_MK]), np.hstack([p_value, p_shares_MK])

@@ -1,4 +1,11 @@
-"""From rows of the prediction log to what the gates judge. Pure: a table in, arrays out."""
+"""From rows of the prediction log to what the gates judge. Pure: a table in, arrays out.
+
+The log has a row for each image, and all rows of a request have its one status and its one latency.
+So errors and latency are judged by requests: as 32 answers, a failed batch of 32 would stop a
+version that fails as seldom as the other one. What a version knows is judged by images, as if those
+of one request were independent: callers whose batches hold near copies of one image see it decided
+with less evidence than the gates ask for.
+"""
 
 from __future__ import annotations
 
@@ -53,13 +60,14 @@ def gather(table: pa.Table, stage: Stage, limits: Limits) -> Evidence:
     # 4xx is the caller's doing.
     is_callers = pc.and_(pc.greater_equal(table["status"], 400), pc.less(table["status"], 500))
     table = table.filter(pc.and_(of_interest, pc.invert(is_callers)))
-    is_candidate = _array(table["version"]) == stage.candidate
-    is_shadow, in_stage = _array(table["shadow"]), _array(table["time_us"]) >= stage.started_us
-    counted = in_stage & is_candidate & (is_shadow == stage.is_shadow)
-    failed = _array(table["predicted"]) < 0
-    latency, p99s = _latency(table, stage, limits, is_candidate, is_shadow, in_stage)
     accuracy, disagreement, confidence = pairs(table, stage)
-    times = _array(table["time_us"])[counted]
+    answers = table.filter(pc.equal(table["index"], 0))
+    is_candidate = _array(answers["version"]) == stage.candidate
+    is_shadow, in_stage = _array(answers["shadow"]), _array(answers["time_us"]) >= stage.started_us
+    counted = in_stage & is_candidate & (is_shadow == stage.is_shadow)
+    failed = _array(answers["predicted"]) < 0
+    latency, p99s = _latency(answers, stage, limits, is_candidate, is_shadow, in_stage)
+    times = _array(answers["time_us"])[counted]
     return Evidence(
         requests=int(counted.sum()),
         champion_requests=int((in_stage & ~is_candidate).sum()),
@@ -122,7 +130,7 @@ def _confidence(rows: pa.Table) -> Floats:
 
 
 def _latency(
-    table: pa.Table,
+    answers: pa.Table,
     stage: Stage,
     limits: Limits,
     is_candidate: Bools,
@@ -137,7 +145,7 @@ def _latency(
         # A shadow's time is that of its call alone.
         return None, (None, None)
     live = ~is_shadow
-    latency_ms = _array(table["latency_ms"])[live].astype(np.float64)
+    latency_ms = _array(answers["latency_ms"])[live].astype(np.float64)
     is_candidate, in_stage = is_candidate[live], in_stage[live]
     before: Ints = np.cumsum(~is_candidate) - ~is_candidate
     epoch = before // _P99_EVERY

@@ -10,9 +10,6 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-_MIXTURES = 11
-"""From the first population alone to the second alone."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
@@ -63,14 +60,6 @@ class Reference:
     grid: tuple[int, int]
     """The first rows·columns features are the cells of this grid."""
     class_names: tuple[str, ...]
-
-    @property
-    def weights_MP(self) -> Floats:
-        """The mixtures that are tried: of M, the share of each of P populations."""
-        if len(self.populations) == 1:
-            return np.ones((1, 1))
-        live_M = np.linspace(0.0, 1.0, _MIXTURES)
-        return np.stack([1.0 - live_M, live_M], axis=1)
 
     def answers(self, version: int) -> list[Answers]:
         """Return a version's answers to each population; it may know the first one alone."""

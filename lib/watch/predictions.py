@@ -1,11 +1,15 @@
 """The prediction log: what was answered, by which version, and what the true label was.
 
-Gateways write it (`lib.watch.recorder`), monitor, rollout and retrain read it.
+Gateways write it (`lib.watch.recorder`) and delete what is old; monitor, rollout and retrain read
+it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
@@ -16,7 +20,9 @@ from lib.storage import Storage
 from lib.watch.labels import labels_root, read_labels
 from lib.watch.segments import MAX_US, expire_segments, read_segments
 
-__all__ = ["KEEP_DAYS", "SCHEMA", "expire", "joined", "predictions_root", "read", "read_labels"]
+__all__ = ["SCHEMA", "Retention", "expire", "joined", "predictions_root", "read", "read_labels"]
+
+_log = logging.getLogger(__name__)
 
 SCHEMA = pa.schema(
     [
@@ -47,14 +53,15 @@ image: uint8, height × width × channels as the model takes it, for a share of 
 features: `lib.watch.features.features`; of a share under load, never of a shadow, whose image the
     row of the answer has.
 """
-KEEP_DAYS = 30
+_ROOT = "predictions"
+_EXPIRE_EVERY_S = 86_400.0
 _EARLY_US = 3600 * 10**6
 """Clocks of gateways differ, and who chooses the request id may give the label at once."""
 
 
 def predictions_root(model: str) -> str:
     """Return the folder of a model's log, relative to the storage root."""
-    return f"predictions/{model}"
+    return f"{_ROOT}/{model}"
 
 
 def read(
@@ -102,9 +109,7 @@ def joined(
     return rows.select(wanted).append_column("label", label)
 
 
-def expire(
-    storage: Storage, model: str, keep_days: int = KEEP_DAYS, *, now: datetime | None = None
-) -> int:
+def expire(storage: Storage, model: str, keep_days: int, *, now: datetime | None = None) -> int:
     """Delete what is older than so many whole days, labels too; return the number of days.
 
     Raises ConfigError for less than one day.
@@ -115,6 +120,37 @@ def expire(
     expired = expire_segments(storage, predictions_root(model), before=before)
     expire_segments(storage, labels_root(model), before=before)
     return expired
+
+
+class Retention:
+    """Deletes once a day what is too old of every model that there is a log of, served or not.
+
+    Several gateways may do so at the same time.
+    """
+
+    def __init__(
+        self, storage: Storage, keep_days: int, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._storage = storage
+        self._keep_days = keep_days
+        self._clock = clock
+        self._due_s = -math.inf
+
+    def look(self) -> None:
+        """Delete what is too old if it is time. Never raises: what fails is tried the next day."""
+        if self._clock() < self._due_s:
+            return
+        self._due_s = self._clock() + _EXPIRE_EVERY_S
+        try:
+            models = [path.rpartition("/")[2] for path in self._storage.folders(_ROOT)]
+        except Exception:
+            _log.exception("what is too old in the prediction log could not be looked for")
+            return
+        for model in models:
+            try:
+                expire(self._storage, model, self._keep_days)
+            except Exception:
+                _log.exception("what is too old in the log of %s could not be deleted", model)
 
 
 def _image(rows: pa.Table) -> pa.Array:

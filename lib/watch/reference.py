@@ -1,9 +1,10 @@
 """What live requests are compared with, computed once and kept: beside the data set and the model.
 
-`reference/<data digest>.parquet` holds the features of a sample of the training images,
-`<bundle>/reference.parquet` a version's answers to validation images, which it was not trained on.
-Of a data set that was extended with live requests there are two of each, `….live.parquet` of these:
-requests may be all of one kind, or all of the other, and a mixed sample would look like neither.
+`reference/<data digest>.<format>.parquet` holds the features of a sample of the training images,
+`<bundle>/reference.<format>.parquet` a version's answers to validation images, which it was not
+trained on. Of a data set that was extended with live requests there are two of each, these in
+`….<format>.live.parquet`: requests may be all of one kind, or all of the other, and a mixed sample
+would look like neither.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from lib.watch.populations import Answers, Population, Reference
 
 ROWS = 10_000
 """Rows of a sample at most: with more, a window's own size is what limits a test."""
-MIN_LIVE_ROWS = 500
+MIN_LIVE_ROWS = 150
 """Live images that a data set must have been extended with to be a population of their own: by
-fewer, what they looked like is known too badly to tell drift from it."""
+fewer, what they looked like is known too badly to tell drift from it. The monitor starts a retrain
+at 200 labels, and some of their images repeat one another or were not logged."""
 _SEED = 5
 _FORMAT = 2
 """Part of the files' names: raise it when the features change their meaning."""

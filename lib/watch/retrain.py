@@ -7,9 +7,10 @@ earlier retrain did with the same inputs is taken from there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -93,27 +94,57 @@ def run(storage: Storage, record: Record, steps: Steps) -> Record:
     record says so.
     """
     with records.only_one(storage, record.model):
-        record = records.read(storage, record.model, record.id)
-        if record.state in (DONE, REFUSED):
-            return record
-        record = record.taken_up()
-        records.write(storage, record)
-        work = _Run(storage, record, steps)
-        try:
-            return work.go()
-        except (TooFewError, RefusedError) as error:
-            work.end(REFUSED, str(error))
-            raise
-        except RaylineError as error:
-            work.end(FAILED, str(error))
-            raise
-        except (KeyboardInterrupt, SystemExit):
-            # Whoever ends its job does not want that it goes on by itself.
-            work.end(FAILED, "its process was told to end")
-            raise
-        except Exception as error:
-            work.end(FAILED, f"{type(error).__name__}: {error}")
-            raise
+        return _run(storage, records.read(storage, record.model, record.id), steps)
+
+
+def run_new(
+    storage: Storage,
+    model: str,
+    reason: str,
+    steps: Steps,
+    *,
+    who: str,
+    options: Options | None = None,
+) -> Record:
+    """Begin a retrain and run it, as `run` does.
+
+    What is refused, because one of the model is under way or about to begin, is not on record: the
+    record of a retrain that has not ended is taken up by itself once nobody works on it.
+    """
+    with _next_one(storage, model):
+        return _run(storage, begin(storage, model, reason, who=who, options=options), steps)
+
+
+@contextlib.contextmanager
+def _next_one(storage: Storage, model: str) -> Iterator[None]:
+    """Hold the right to begin a retrain; raise RetrainError if there is one to wait for."""
+    with records.only_one(storage, model):
+        if (starting := records.starting(storage, model)) is not None:
+            raise RetrainError(f"retrain {starting} of {model} is about to begin")
+        yield
+
+
+def _run(storage: Storage, record: Record, steps: Steps) -> Record:
+    if record.state in (DONE, REFUSED):
+        return record
+    record = record.taken_up()
+    records.write(storage, record)
+    work = _Run(storage, record, steps)
+    try:
+        return work.go()
+    except (TooFewError, RefusedError) as error:
+        work.end(REFUSED, str(error))
+        raise
+    except RaylineError as error:
+        work.end(FAILED, str(error))
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        # Whoever ends its job does not want that it goes on by itself.
+        work.end(FAILED, "its process was told to end")
+        raise
+    except Exception as error:
+        work.end(FAILED, f"{type(error).__name__}: {error}")
+        raise
 
 
 def start(
@@ -131,9 +162,7 @@ def start(
     """
     if (interrupted := go_on(settings, storage, submit=submit)) is not None:
         return interrupted
-    with records.only_one(storage, settings.model):
-        if (starting := records.starting(storage, settings.model)) is not None:
-            raise RetrainError(f"retrain {starting} of {settings.model} is about to begin")
+    with _next_one(storage, settings.model):
         owner = who or provenance.current().owner or "unknown"
         record = begin(storage, settings.model, reason, who=owner, options=options)
     try:

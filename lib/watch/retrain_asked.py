@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lib.config import PRESETS
@@ -12,6 +12,9 @@ from lib.errors import RetrainError
 from lib.watch import rollout_state
 
 _ROLLOUT = rollout_state.Options()
+_FEW_PER_S = 10 / 3
+"""Requests a second with which a rollout that nobody watches still comes through: with the usual
+steps and answers its first share takes 6,000 s."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +27,8 @@ class Options:
     steps: tuple[float, ...] = _ROLLOUT.steps
     """Of its rollout, like the next one."""
     min_requests: int = _ROLLOUT.min_requests
+    step_timeout_s: float | None = None
+    """Of each stage; None: as long as the first share takes with few requests, or longer."""
 
     def __post_init__(self) -> None:
         """Refuse a window without an extent, and what makes no rollout."""
@@ -33,7 +38,12 @@ class Options:
 
     def rollout(self, who: str) -> rollout_state.Options:
         """Return how the version is to be rolled out."""
-        return rollout_state.Options(steps=self.steps, min_requests=self.min_requests, who=who)
+        how = rollout_state.Options(steps=self.steps, min_requests=self.min_requests, who=who)
+        timeout_s = self.step_timeout_s
+        if timeout_s is None:
+            first_s = how.min_requests / (how.steps[0] / 100) / _FEW_PER_S
+            timeout_s = max(how.stage_timeout_s, first_s)
+        return replace(how, stage_timeout_s=timeout_s)
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON types."""
@@ -55,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", default=rollout_state.USUAL_STEPS, help="of its rollout, as in jobs.rollout"
     )
     group.add_argument("--min-requests", type=int, default=usual.min_requests, help="likewise")
+    group.add_argument(
+        "--step-timeout",
+        type=float,
+        help="seconds for a step of it; then it is held (what --min-requests take in the first "
+        f"step at {_FEW_PER_S:.1f} requests a second, {_ROLLOUT.stage_timeout_s:g} at least; "
+        f"{usual.rollout('').stage_timeout_s:g} with the usual steps)",
+    )
 
 
 def asked(arguments: argparse.Namespace) -> Options:
@@ -64,4 +81,5 @@ def asked(arguments: argparse.Namespace) -> Options:
         days=arguments.days,
         steps=rollout_state.read_steps(arguments.steps),
         min_requests=arguments.min_requests,
+        step_timeout_s=arguments.step_timeout,
     )

@@ -37,19 +37,23 @@ def with_candidate(current: ModelTraffic, state: State, bundle: str) -> ModelTra
 def without_candidate(current: ModelTraffic, state: State) -> ModelTraffic:
     """Return the traffic from before the rollout, but nothing goes to the candidate.
 
-    Where it became champion, somebody wants it so.
+    Where it became champion, somebody wants it so; where another version did, all that the rollout
+    takes back is the candidate.
     """
     if current.champion == state.candidate:
         return current
+    is_theirs = current.champion != state.champion
+    before = _without(current.weights, state.candidate) if is_theirs else _others(state)
+    shadows = _without(current.shadows, state.candidate) if is_theirs else _other_shadows(state)
     kept = state.candidate == current.previous_champion
     gone = () if kept else (state.candidate,)
-    weights = {v: w for v, w in _others(state).items() if v in current.bundles}
+    weights = {v: w for v, w in before.items() if v in current.bundles}
     if not any(weights.values()):
         weights = {current.champion: 100.0}
     return replace(
         current,
         weights={**weights, **({state.candidate: 0.0} if kept else {})},
-        shadows=_other_shadows(state),
+        shadows=shadows,
         pins={key: v for key, v in current.pins.items() if v != state.candidate},
         bundles={v: path for v, path in current.bundles.items() if v not in gone},
     )
@@ -98,7 +102,7 @@ def is_same(current: ModelTraffic, other: ModelTraffic) -> bool:
 
 def _others(state: State) -> dict[int, float]:
     """Return the shares of all but the candidate, in percent."""
-    weights = {v: w for v, w in state.before_weights.items() if v != state.candidate}
+    weights = _without(state.before_weights, state.candidate)
     total = sum(weights.values())
     if not total:
         return {**weights, state.champion: 100.0}
@@ -108,6 +112,10 @@ def _others(state: State) -> dict[int, float]:
 def _other_shadows(state: State) -> dict[int, float]:
     mine = (state.candidate, state.champion)
     return {v: percent for v, percent in state.before_shadows.items() if v not in mine}
+
+
+def _without(shares: Mapping[int, float], version: int) -> dict[int, float]:
+    return {v: share for v, share in shares.items() if v != version}
 
 
 def _same(one: Mapping[int, float], other: Mapping[int, float]) -> bool:

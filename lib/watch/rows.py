@@ -42,7 +42,7 @@ def quality_rows(table: pa.Table) -> Rows:
 
 
 def drift_rows(table: pa.Table) -> pa.Table:
-    """Return the rows that drift is judged by: answers that callers got, each request once.
+    """Return the rows that drift is judged by: answers that callers got, each image once.
 
     Where features are logged for a share of the requests, those are the sample that is tested.
     """

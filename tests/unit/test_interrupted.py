@@ -293,9 +293,10 @@ def test_the_monitor_takes_the_options_of_what_it_starts(
     monkeypatch.setenv("RAYLINE_STORAGE", storage.uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.mlflow_uri)
     asked = ["--preset", "smoke", "--days", "2", "--steps", "20,100", "--min-requests", "30"]
-    monitor_job.main(["--once", "--act", *asked])
+    monitor_job.main(["--once", "--act", *asked, "--step-timeout", "900"])
     assert seen[0]["acts"]
-    wanted = Options(preset="smoke", days=2, steps=(20, 100), min_requests=30)
+    rollout = {"steps": (20, 100), "min_requests": 30, "step_timeout_s": 900}
+    wanted = Options(preset="smoke", days=2, **rollout)
     assert seen[0]["retrains"].options == wanted
     monitor_job.main(["--once"])
     assert seen[1]["retrains"].options == Options()

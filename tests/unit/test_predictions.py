@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from lib.config import Settings
 from lib.errors import ConfigError, StorageError
+from lib.line.ports import variables
 from lib.storage import Storage
 from lib.watch import labels as label_logs
 from lib.watch.labels import LabelLog, read_labels
-from lib.watch.predictions import SCHEMA, expire, joined, read
+from lib.watch.predictions import SCHEMA, Retention, expire, joined, read
 from lib.watch.recorder import Recorder
 from lib.watch.segments import MAX_US, SPAN_US, Segments, by_span, read_segments
 from tests.unit.serving_parts import by_brightness, card
@@ -142,7 +145,7 @@ def test_nothing_logged_is_an_empty_table(tmp_path: Path) -> None:
     assert read(storage, "shapes", **window).schema == SCHEMA
     assert joined(storage, "shapes", **window).num_rows == 0
     assert read_labels(storage, "shapes", **window).num_rows == 0
-    assert expire(storage, "shapes") == 0
+    assert expire(storage, "shapes", 30) == 0
 
 
 def test_days_expire_as_wholes_with_their_labels(tmp_path: Path) -> None:
@@ -162,6 +165,52 @@ def test_days_expire_as_wholes_with_their_labels(tmp_path: Path) -> None:
     assert expire(storage, "shapes", 2, now=now) == 0
     with pytest.raises(ConfigError, match="at least one day"):
         expire(storage, "shapes", 0)
+
+
+def test_every_models_old_days_go_once_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, clock = Storage(str(tmp_path)), Clock()
+    uptime_s = 0.0
+    retention = Retention(storage, 30, clock=lambda: uptime_s)
+    # Of what is no longer served too.
+    for model in ("shapes", "gone"):
+        storage.write(f"predictions/{model}/date=2020-01-01/1200-a.parquet", b"")
+        storage.write(f"labels/{model}/date=2020-01-01/1200-a.parquet", b"")
+    clock.now_s = time.time()
+    log_answers(storage, ["today"], clock=clock)
+
+    def old() -> list[str]:
+        return [path for path in storage.list("", recursive=True) if "2020" in path]
+
+    delete, failing = Storage.delete_folder, {"predictions/gone/date=2020-01-01"}
+
+    def fail(self: Storage, relative: str) -> None:
+        if relative in failing:
+            raise OSError(5, "Input/output error")
+        delete(self, relative)
+
+    monkeypatch.setattr(Storage, "delete_folder", fail)
+    retention.look()
+    assert {path.split("/")[1] for path in old()} == {"gone"}
+    assert len(storage.folders("predictions/shapes")) == 1
+    failing.clear()
+    uptime_s = 86_399.0
+    retention.look()
+    assert old()
+    uptime_s = 86_401.0
+    retention.look()
+    assert old() == []
+
+
+def test_how_long_the_log_is_kept_is_a_checked_setting() -> None:
+    env = {"RAYLINE_STORAGE": "/s", "MLFLOW_TRACKING_URI": "http://m"}
+    assert Settings.from_env(env).log_days == 30
+    assert Settings.from_env({**env, "RAYLINE_LOG_DAYS": "7"}).log_days == 7
+    for wrong in ("0", "-1", "1.5", "many"):
+        with pytest.raises(ConfigError, match="RAYLINE_LOG_DAYS"):
+            Settings.from_env({**env, "RAYLINE_LOG_DAYS": wrong})
+    assert "RAYLINE_LOG_DAYS" in variables()
 
 
 def test_labels_that_come_together_are_one_write_each_durable_before_it_returns(

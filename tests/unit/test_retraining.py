@@ -14,9 +14,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+import jobs.retrain
 import lib.storage
 from lib.config import Settings
-from lib.errors import LineError, RetrainError, ServingError, TooFewError
+from lib.errors import ConfigError, LineError, RetrainError, ServingError, TooFewError
 from lib.storage import Storage
 from lib.watch import retrain, retrain_record
 from lib.watch.lineage import of_retrain, to_mermaid, to_svg
@@ -167,6 +168,41 @@ def test_one_that_waits_for_its_process_is_not_started_again(
         retrain.start(settings, storage, "drift", submit=lambda *ignored: None)
 
 
+def test_one_that_another_keeps_from_beginning_is_not_on_record(
+    storage: Storage, settings: Settings
+) -> None:
+    def run_new(reason: str = "person") -> Record:
+        return retrain.run_new(storage, MODEL, reason, FakeSteps(storage), who="ada")
+
+    with retrain_record.only_one(storage, MODEL), pytest.raises(RetrainError, match="under way"):
+        run_new()
+    assert history(storage, MODEL) == []
+    waiting = retrain.start(settings, storage, "drift", submit=lambda *ignored: None)
+    with pytest.raises(RetrainError, match=f"{waiting} of {MODEL} is about to begin"):
+        run_new()
+    assert [record.id for record in history(storage, MODEL)] == [waiting]
+    retrain.run(storage, retrain_record.read(storage, MODEL, waiting), FakeSteps(storage))
+    with pytest.raises(RetrainError, match="needs a reason"):
+        run_new(" ")
+    record = run_new()
+    assert (record.state, record.who, record.asked) == (DONE, "ada", None)
+    assert history(storage, MODEL)[-1] == record
+    assert interrupted(storage, MODEL) is None
+
+
+def test_the_job_puts_none_on_record_before_it_may_begin(
+    storage: Storage, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["jobs.retrain"])
+    monkeypatch.setenv("RAYLINE_STORAGE", storage.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.mlflow_uri)
+    monkeypatch.setenv("RAYLINE_MODEL", MODEL)
+    monkeypatch.setattr(jobs.retrain.ray, "init", lambda **_: None)
+    with retrain_record.only_one(storage, MODEL), pytest.raises(SystemExit):
+        jobs.retrain.main()
+    assert history(storage, MODEL) == []
+
+
 def test_a_job_that_ray_refuses_is_on_record_as_failed(
     storage: Storage, settings: Settings
 ) -> None:
@@ -232,6 +268,24 @@ def test_an_unknown_retrain_and_an_empty_reason_are_said(storage: Storage) -> No
         begin(storage, " ")
     with pytest.raises(RetrainError, match="days=0"):
         Options(days=0)
+
+
+def test_its_rollout_has_time_for_few_requests() -> None:
+    def timeout_s(**given: Any) -> float:
+        options = Options(**given)
+        assert Options.from_json(json.loads(json.dumps(options.to_json()))) == options
+        return options.rollout("ada").stage_timeout_s
+
+    # 200 answers of a share of 1 %.
+    assert timeout_s() == pytest.approx(20_000 / (10 / 3))
+    assert timeout_s(min_requests=500) == pytest.approx(15_000)
+    assert timeout_s(steps=(10, 50, 100), min_requests=100) == 600
+    assert timeout_s(step_timeout_s=900) == 900
+    for wrong in ({"step_timeout_s": 0}, {"steps": ()}, {"steps": (0, 100)}):
+        with pytest.raises(ConfigError, match="--step"):
+            Options(**wrong)  # type: ignore[arg-type]
+    older = {"preset": "quick", "days": 7.0, "min_requests": 200}
+    assert Options.from_json(older) == Options()
 
 
 def test_the_lineage_leads_from_the_requests_to_the_rollout(storage: Storage) -> None:

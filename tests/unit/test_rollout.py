@@ -306,6 +306,41 @@ def test_a_person_ends_it_or_changes_the_traffic_and_is_not_overruled() -> None:
     assert "somebody else changed the traffic" in ended.reason
 
 
+@pytest.mark.parametrize(
+    ("weights", "left"),
+    [
+        ({2: 70.0, CHAMPION: 10.0, CANDIDATE: 20.0}, {2: 70.0, CHAMPION: 10.0}),
+        ({2: 0.0, CANDIDATE: 100.0}, {2: 100.0}),
+    ],
+)
+def test_a_champion_that_a_person_took_back_stays_when_the_rollout_is_ended(
+    weights: dict[int, float], left: dict[int, float]
+) -> None:
+    world = FakeWorld()
+
+    def seen(state: State) -> Evidence:
+        if state.stage != "canary-25":
+            return healthy()
+        world.put(
+            replace(
+                world.now_served,
+                weights=weights,
+                champion=2,
+                previous_champion=CHAMPION,
+                shadows={CANDIDATE: 5.0, CHAMPION: 7.0},
+            )
+        )
+        world.aborted = True
+        return healthy(requests=0)
+
+    world.seen = seen
+    ended = to_the_end(world)
+    served = world.now_served
+    assert (ended.status, served.champion) == (states.ABORTED, 2)
+    assert (served.weights, served.shadows) == (left, {CHAMPION: 7.0})
+    assert CANDIDATE not in served.bundles
+
+
 def test_a_change_that_shares_no_request_differently_is_no_reason_to_end() -> None:
     world = FakeWorld()
 

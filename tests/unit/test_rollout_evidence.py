@@ -12,7 +12,7 @@ import pytest
 from lib.serving.bundle import Card, write_bundle
 from lib.storage import Storage
 from lib.watch.evidence import COLUMNS, Stage, gather
-from lib.watch.gates import Limits, Outcome
+from lib.watch.gates import ERRORS, LATENCY, Limits, Outcome, judge
 from lib.watch.replay import Logged, answer_again, replay
 from tests.unit.serving_parts import card
 
@@ -110,7 +110,7 @@ def test_pairs_are_images_that_both_answered_one_as_a_shadow() -> None:
     assert (seen.accuracy.candidate, seen.accuracy.champion) == (pytest.approx(5 / 6), 1.0)
     assert len(seen.confidence.harm) == 11
     assert seen.latency is None
-    assert seen.requests == 14
+    assert seen.requests == 13
 
 
 def test_a_canarys_pairs_come_from_the_champions_copies() -> None:
@@ -147,6 +147,62 @@ def test_slow_is_what_is_beyond_the_champions_p99_of_the_answers_before() -> Non
     few = gather(log.table.slice(began - 50, 100), early, LIMITS)
     assert few.latency is not None
     assert few.latency.candidate.sum() == 0
+
+
+def batches(failing: Any, *, size: int = 32, **columns: Any) -> pa.Table:
+    """As many requests of `size` images as there are flags, the versions by turns."""
+    num = len(failing)
+    request, index = np.repeat(np.arange(num), size), np.tile(np.arange(size), num)
+    failed = np.asarray(failing)[request]
+    given = {
+        "time_us": request,
+        "request_id": [f"r{number}" for number in request],
+        "index": index,
+        "version": np.where(request % 2, CANDIDATE, CHAMPION),
+        "shadow": np.zeros(len(request), bool),
+        "latency_ms": np.full(len(request), 5.0),
+        "predicted": np.where(failed, -1, 0),
+        "probabilities": [None if one else [0.8, 0.1, 0.1] for one in failed],
+        "status": np.where(failed, 500, 200),
+        "label": [None] * len(request),
+    }
+    schema = pa.schema(list(SCHEMA.items()))
+    return pa.table({**given, **columns}, schema=schema)
+
+
+def outcomes(table: pa.Table) -> dict[str, Outcome]:
+    verdict = judge(gather(table, CANARY, LIMITS), LIMITS, min_requests=200, num_stages=6)
+    return {found.name: found.verdict for found in verdict.findings}
+
+
+def test_a_failed_batch_is_one_failed_request() -> None:
+    failing = np.zeros(1200, bool)
+    # One of 200 for either version, the candidate first.
+    failing[101::400] = failing[300::400] = True
+    table = batches(failing)
+    assert failing[1::2].sum() == failing[::2].sum() == 3
+    seen = gather(table, CANARY, LIMITS)
+    assert (seen.requests, seen.champion_requests) == (600, 600)
+    assert (seen.errors.candidate_hits.sum(), seen.errors.champion_hits.sum()) == (3, 3)
+    for num_requests in range(100, 1201, 100):
+        assert outcomes(table.slice(0, 32 * num_requests))[ERRORS] is not Outcome.BREACH
+
+
+def test_a_slow_batch_is_one_slow_request() -> None:
+    latency_ms = np.full(800, 5.0)
+    latency_ms[501::200] = latency_ms[600::200] = 50.0
+    table = batches(np.zeros(800, bool), latency_ms=np.repeat(latency_ms, 32))
+    seen = gather(table, CANARY, LIMITS)
+    assert seen.latency is not None
+    assert seen.latency.candidate_hits.sum() == 2
+    assert outcomes(table)[LATENCY] is not Outcome.BREACH
+
+
+def test_few_batches_are_few_requests() -> None:
+    few = gather(batches(np.zeros(14, bool)), CANARY, LIMITS)
+    assert (few.requests, few.newest_us) == (7, 13)
+    verdict = judge(few, LIMITS, min_requests=200, num_stages=6)
+    assert (verdict.outcome, verdict.reason) == (Outcome.WAIT, "7 of 200 answers")
 
 
 class Predictor:

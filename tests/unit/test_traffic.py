@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,57 @@ def test_a_change_based_on_an_old_policy_overwrites_nothing(tmp_path: Path) -> N
     newest = policy.current(storage)
     assert newest is not None
     assert newest.who == "bob"
+
+
+KILLED = """
+import os
+import sys
+
+from lib.storage import Storage
+
+os.link = lambda *_: os._exit(9)
+Storage(sys.argv[1]).create_json(sys.argv[2], {"generation": 3})
+"""
+
+
+@pytest.mark.parametrize("path", ["traffic/00000003.json", "plan.json"])
+def test_who_is_killed_just_before_a_file_is_there_leaves_nothing_that_is_seen(
+    tmp_path: Path, path: str
+) -> None:
+    storage = Storage(str(tmp_path))
+    first = policy.commit(storage, None, traffic(5), default_model="digits", who="ada", why="a")
+    second = policy.commit(storage, first, traffic(10), default_model="digits", who="bob", why="b")
+    root = Path(__file__).parents[2]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), path], cwd=root, check=False
+    )
+    assert killed.returncode == 9
+    assert [name for name in storage.list("", recursive=True) if "00000003" in name] == []
+    assert storage.list("") == []
+    # A job that begins now sees what the gateways see.
+    newest = policy.current(storage)
+    assert newest == second == policy.current(storage, known=first)
+    third = policy.commit(storage, newest, traffic(50), default_model="digits", who="eve", why="c")
+    assert third.generation == 3
+    assert policy.current(storage) == policy.current(storage, known=second) == third
+
+
+def test_a_link_that_fails_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: str) -> None:
+        raise OSError(5, "Input/output error")
+
+    storage = Storage(str(tmp_path))
+    monkeypatch.setattr(os, "link", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        storage.create_json("traffic/00000001.json", {})
+    assert list((tmp_path / "traffic").iterdir()) == []
+
+
+def test_what_is_no_generation_is_passed_over(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    first = policy.commit(storage, None, traffic(5), default_model="digits", who="ada", why="a")
+    storage.write_json("traffic/00000002.json.0f1e", {})
+    assert policy.current(storage) == first
+    assert policy.history(storage) == [first]

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from lib.watch.distances import compare, holm, reference_error
-from lib.watch.drift import LEVEL, score
+from lib.watch.distances import MOST_UNMIXED, compare, holm, mixtures, reference_error
+from lib.watch.drift import LEVEL, TOLERANCE, score
 from lib.watch.features import feature_names, features, grid_shape
 from lib.watch.populations import Answers, Population, Reference, Window
 from lib.watch.sequence import BLOCK, THRESHOLD, Evidence, bet
@@ -233,6 +233,39 @@ def test_any_mixture_of_what_a_version_was_trained_for_is_no_drift(live_share: f
         # Neither of the two, nor between them.
         alarms["other"] += score(both, window(shifted(digits("test")[0][rows]))).alarm
     assert alarms == {"both": 0, "ingested": num if live_share else 0, "other": num}
+
+
+@pytest.mark.parametrize("num_live", [200, 600])
+def test_all_of_a_kind_that_half_of_the_live_images_were_is_no_drift(num_live: int) -> None:
+    images, _ = digits("train")
+    ours = np.random.default_rng(2).permutation(np.arange(40_000, 50_000))[:num_live]
+    pool = images[ours].copy()
+    pool[::2] = inverted(pool[::2])
+    both, num = of(*reference().populations, population(pool, pool[: num_live * 2 // 5])), 4
+    usual, rng = digits("test")[0], np.random.default_rng(3)
+    kinds = {**KINDS, "usual": lambda images: images}
+    alarms = dict.fromkeys(kinds, 0)
+    for rows in rng.permutation(len(usual))[: num * ROWS].reshape(num, ROWS):
+        for name, change in kinds.items():
+            images = change(usual[rows])
+            images = images[rng.permutation(len(images))[:ROWS]]
+            alarms[name] += score(both, window(images)).alarm
+    assert (alarms.pop("inverted"), alarms.pop("usual")) == (0, 0)
+    assert alarms == dict.fromkeys(alarms, num)
+
+
+def test_live_images_that_are_nothing_new_are_not_taken_apart() -> None:
+    images, _ = digits("train")
+    ours = np.random.default_rng(2).permutation(np.arange(40_000, 50_000))
+    ingested = reference().populations[0].features_NF
+    for num_live in (150, 2000):
+        usual = np.sort(features(images[ours[:num_live]]), axis=0)
+        strange = np.sort(features(inverted(images[ours[:num_live]])), axis=0)
+        assert mixtures([ingested, usual], TOLERANCE).max() == 1.0
+        assert mixtures([ingested, strange], TOLERANCE).max() > 1.9
+    live = mixtures([ingested, strange], TOLERANCE)[:, 1]
+    assert (live.min(), live.max()) == (0.0, pytest.approx(MOST_UNMIXED))
+    assert mixtures([ingested], TOLERANCE).tolist() == [[1.0]]
 
 
 def test_a_version_that_knows_one_population_is_tested_against_that() -> None:

@@ -10,6 +10,7 @@ from lib.errors import DataError, RaylineError
 from lib.storage import Storage
 from lib.watch import reference
 from lib.watch.features import features
+from lib.watch.retrains import MIN_LABELS
 from tests.watch_parts import digits, inverted, predict, write_set, write_version
 
 SPLITS = {"train": slice(0, 5000), "val": slice(5000, 6000)}
@@ -82,13 +83,18 @@ def test_live_requests_that_a_set_was_extended_with_are_a_population_of_their_ow
     assert len(reference.load_reference(storage, bundles, 1).populations) == 1
 
 
-def test_few_live_requests_are_no_population(storage: Storage) -> None:
+@pytest.mark.parametrize(("num_live", "num_populations"), [(100, 1), (MIN_LABELS - 20, 2)])
+def test_few_live_requests_are_no_population_but_those_of_the_first_retrain_are(
+    storage: Storage, num_live: int, num_populations: int
+) -> None:
     parent = write_set(storage, {**SPLITS, "test": slice(6000, 6500)})
     images, labels = digits("train")
-    few = LabelledImages(images_NHWC=images[10_000:10_400], labels_N=labels[10_000:10_400])
+    rows = slice(10_000, 10_000 + num_live)
+    few = LabelledImages(images_NHWC=images[rows], labels_N=labels[rows])
     child = extend(storage, parent, few, ExtendConfig()).manifest
     bundles = {2: write_version(storage, child, 2)}
-    assert len(reference.load_reference(storage, bundles, 2).populations) == 1
+    found = reference.load_reference(storage, bundles, 2)
+    assert len(found.populations) == num_populations
 
 
 def test_damaged_shards_are_named(storage: Storage) -> None:
