@@ -107,7 +107,9 @@ PREDICTED_SHARE = _gauge(
     "predicted_share", ("model", "label"), "Share of answers with this label, in the window."
 )
 ROLLOUT_STATE = _gauge(
-    "rollout_state", ("model", "version", "state"), "1 for the state that a rollout is in, else 0."
+    "rollout_state",
+    ("model", "version", "state"),
+    "1 for the state that a rollout is in; there is no series for the others.",
 )
 ROLLOUT_WEIGHT = _gauge(
     "rollout_weight_percent", ("model", "version"), "Share of traffic of the current step."
