@@ -51,8 +51,9 @@ SHADOWED = Metric(
 LOGGED = Metric(
     "rayline_logged_predictions",
     ("result",),
-    "Rows of the prediction log, by what became of them: written, dropped since storage was too "
-    "slow or full, or kept without_image for the same reason.",
+    "Rows of the prediction log: accepted, and of these written, dropped since storage was too "
+    "slow or full, or kept without_image for the same reason. Those that are neither written nor "
+    "dropped wait, or were lost with a gateway.",
 )
 COUNTERS = (REQUESTS, LATENCY_BUCKET, LATENCY_SUM, SHADOWED, LOGGED)
 
