@@ -8,6 +8,7 @@
 It answers logged requests first, then gets copies, then shares of the traffic. Each step has gates
 against the champion of the same minutes: errors, p99, and accuracy or, without labels, disagreement
 and confidence. A breach takes all requests away at once; the exit code is 0 only for a promotion.
+While the log, or Prometheus and without one Ray's metrics, can't be read from here, it pauses.
 """
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ class Line:
 
     def _watch_env(self) -> dict[str, str]:
         url = self.own_prometheus_url if self.starts_prometheus else self.prometheus_url
-        # Without one, `lib.watch.prometheus` reads Ray's metrics directly.
+        # Without one, a rollout reads Ray's metrics directly (`lib.watch.prometheus`).
         return {"RAYLINE_PROMETHEUS_URL": url} if url else {}
 
     def client_env(self) -> dict[str, str]:

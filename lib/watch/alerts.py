@@ -142,8 +142,8 @@ WATCHED = (
         for_s=600,
         severity=TICKET,
         summary=f"The rollout of {_VERSION} waits: its gates have no data.",
-        advice="Look whether the version is called, and whether Prometheus or Ray's metrics "
-        "answer; the rollout goes on by itself.",
+        advice="Look whether the version is called, and whether the prediction log and Prometheus, "
+        "or Ray's metrics, can be read; the rollout goes on by itself.",
         may_be_empty=_NO_ROLLOUT,
     ),
     Alert(

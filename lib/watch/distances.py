@@ -90,8 +90,8 @@ def _distances(
 
     As `scipy.stats.ks_2samp` has it of ascending samples, but the reference need not be sorted each
     time, which takes nearly all of that one's time. The functions are furthest apart at, or just
-    before, one of our values; with a weight above 1 they may be so elsewhere, and the distance
-    found is a lower bound.
+    before, one of our values; with a weight above 1 perhaps elsewhere, and what is found is a lower
+    bound then.
     """
 
     def above_MN(side: Literal["left", "right"]) -> Floats:

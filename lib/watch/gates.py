@@ -85,7 +85,7 @@ class Evidence:
     """What was seen of the candidate and of the champion at the same time."""
 
     requests: int
-    """Answers of the candidate in this stage."""
+    """That the candidate answered in this stage, each once, however many images it had."""
     champion_requests: int
     errors: Blocks
     """In this stage, like the latency."""

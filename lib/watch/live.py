@@ -22,6 +22,7 @@ from lib.watch.evidence import Stage, gather
 from lib.watch.gates import Evidence, Limits
 from lib.watch.gauges import Gauges
 from lib.watch.logged import read_answers, read_logged
+from lib.watch.prometheus import Source, read, source
 from lib.watch.replay import Logged, replay
 from lib.watch.reported import ROLLOUT, of_rollout
 from lib.watch.rollout_state import SHADOW, Options, State
@@ -38,10 +39,16 @@ class Live:
     """What a rollout sees and does on a line."""
 
     def __init__(
-        self, settings: Settings, storage: Storage, who: str, gauges: Gauges | None = None
+        self,
+        settings: Settings,
+        storage: Storage,
+        who: str,
+        gauges: Gauges | None = None,
+        source: Source | None = None,
     ) -> None:
         self._settings = settings
         self._gauges = gauges
+        self._source = source
         self._storage = storage
         self._who = who
 
@@ -115,7 +122,13 @@ class Live:
         )
 
     def evidence(self, state: State) -> Evidence:
-        """Return what was logged since the rollout began."""
+        """Return what was logged since the rollout began.
+
+        Raises WatchError if the line's metrics can't be read: nobody would see there what the log
+        has lost, so nothing is decided meanwhile.
+        """
+        if self._source:
+            read(self._source)
         stage = Stage(
             candidate=state.candidate,
             champion=state.champion,
@@ -164,7 +177,7 @@ def roll_out(
 
     Returns how it ended; raises RolloutError, with all that is known, unless it was promoted.
     """
-    world = Live(settings, storage, options.who, gauges)
+    world = Live(settings, storage, options.who, gauges, _source(settings))
     with _alone(storage, settings.model):
         found = world.load()
         if found and found.candidate == candidate and found.status not in states.FINAL:
@@ -179,7 +192,7 @@ def go_on(
     settings: Settings, storage: Storage, *, who: str, gauges: Gauges | None = None
 ) -> Mapping[str, Any]:
     """Go on with the rollout that was interrupted or held, as `roll_out` does."""
-    world = Live(settings, storage, who, gauges)
+    world = Live(settings, storage, who, gauges, _source(settings))
     with _alone(storage, settings.model):
         rollout.resume(world)
         return rollout.result(rollout.run(world))
@@ -231,6 +244,10 @@ def max_disagreement(storage: Storage, world: Live, candidate: int) -> float:
         read_card(storage, world.bundle(number)) for number in (candidate, world.traffic().champion)
     ]
     return sum(1 - card.test_accuracy for card in cards) + DISAGREEMENT_SLACK
+
+
+def _source(settings: Settings) -> Source:
+    return source(settings.serve_api or settings.ray_address, os.environ)
 
 
 def _abort_path(state: State) -> str:

@@ -51,8 +51,9 @@ SHADOWED = Metric(
 LOGGED = Metric(
     "rayline_logged_predictions",
     ("result",),
-    "Rows of the prediction log, by what became of them: written, dropped since storage was too "
-    "slow or full, or kept without_image for the same reason.",
+    "Rows of the prediction log: accepted, and of these written, dropped since storage was too "
+    "slow or full, or kept without_image for the same reason. Those that are neither written nor "
+    "dropped wait, or were lost with a gateway.",
 )
 COUNTERS = (REQUESTS, LATENCY_BUCKET, LATENCY_SUM, SHADOWED, LOGGED)
 
@@ -107,7 +108,9 @@ PREDICTED_SHARE = _gauge(
     "predicted_share", ("model", "label"), "Share of answers with this label, in the window."
 )
 ROLLOUT_STATE = _gauge(
-    "rollout_state", ("model", "version", "state"), "1 for the state that a rollout is in, else 0."
+    "rollout_state",
+    ("model", "version", "state"),
+    "1 for the state that a rollout is in; there is no series for the others.",
 )
 ROLLOUT_WEIGHT = _gauge(
     "rollout_weight_percent", ("model", "version"), "Share of traffic of the current step."

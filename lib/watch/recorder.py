@@ -136,6 +136,7 @@ class Recorder:
     def increments(self) -> Iterator[Increment]:
         """Yield what each counter has grown by since the last call."""
         totals = {
+            "accepted": self._added + self._dropped,
             "written": self._written,
             "dropped": self._dropped + self._failed,
             "without_image": self._without_image,

@@ -103,8 +103,8 @@ def test_rows_hold_what_was_answered(tmp_path: Path) -> None:
     shadow = rows["batch", 1, True]
     assert (shadow["version"], shadow["predicted"]) == (2, 2)
     assert shadow["image"] is shadow["features"] is None
-    assert counts(recorder) == {"written": 6, "dropped": 0, "without_image": 0}
-    assert counts(recorder) == {"written": 0, "dropped": 0, "without_image": 0}
+    assert counts(recorder) == {"accepted": 6, "written": 6, "dropped": 0, "without_image": 0}
+    assert counts(recorder) == {"accepted": 0, "written": 0, "dropped": 0, "without_image": 0}
 
 
 def test_a_crash_loses_only_what_came_in_since_the_last_flush(
@@ -166,14 +166,17 @@ def test_a_full_disk_costs_what_is_beyond_the_bound_and_no_request(
             add(recorder, number)
             if number % 20 == 0:
                 await recorder.flush()
-        assert counts(recorder) == {"written": 1, "dropped": 49, "without_image": 0}
+        seen = counts(recorder)
+        # The rest is lost if the gateway is killed now.
+        assert seen["accepted"] - seen["written"] - seen["dropped"] == 50
+        assert seen == {"accepted": 100, "written": 1, "dropped": 49, "without_image": 0}
         disk.is_full = False
         await recorder.flush()
         add(recorder, 100)
         await recorder.flush()
         kept = [*range(51), 100]
         assert log_of(storage)["request_id"].to_pylist() == [f"r{number}" for number in kept]
-        assert counts(recorder) == {"written": 51, "dropped": 0, "without_image": 0}
+        assert counts(recorder) == {"accepted": 1, "written": 51, "dropped": 0, "without_image": 0}
 
     asyncio.run(scenario())
 
@@ -202,7 +205,12 @@ def test_a_flush_writes_what_came_in_while_another_one_wrote(
         recorder.close()
         await asyncio.gather(*flushes)
         assert log_of(storage)["request_id"].to_pylist() == [f"r{number}" for number in range(31)]
-        assert counts(recorder) == {"written": 31, "dropped": 0, "without_image": 0}
+        assert counts(recorder) == {
+            "accepted": 31,
+            "written": 31,
+            "dropped": 0,
+            "without_image": 0,
+        }
 
     asyncio.run(scenario())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lib.config import Settings
-from lib.errors import RolloutError, StorageError
+from lib.errors import RolloutError, StorageError, WatchError
 from lib.registry import notes
 from lib.serving import deploy, policy
 from lib.serving.bundle import bundle_path, write_bundle
@@ -21,6 +21,8 @@ from lib.serving.traffic import ModelTraffic, choose, is_shadowed
 from lib.storage import Storage
 from lib.watch import live, logged, rollout
 from lib.watch import rollout_state as states
+from lib.watch.counts import Sample
+from lib.watch.prometheus import PROMETHEUS_VARIABLE, RayEndpoints, ray_targets
 from lib.watch.recorder import Recorder
 from lib.watch.rollout_state import Options
 from tests.unit.serving_parts import card
@@ -188,6 +190,54 @@ def test_a_log_that_cannot_be_read_pauses(
     assert "the prediction log can't be read: the disk is away" in ended.reason
     with pytest.raises(StorageError):
         logged.read_answers(storage, MODEL, start_us=0, end_us=1)
+
+
+class Flaky:
+    """Metrics that can't be read for some looks."""
+
+    name = "a metrics source"
+
+    def __init__(self, num_failures: int) -> None:
+        self.num_failures = num_failures
+
+    def samples(self, names: Iterable[str]) -> list[Sample]:
+        self.num_failures -= 1
+        if self.num_failures >= 0:
+            raise WatchError("the metrics are away")
+        return []
+
+
+def test_metrics_that_cannot_be_read_pause_and_never_promote(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = Line(storage, honest)
+    monkeypatch.setattr(line, "_source", RayEndpoints(lambda: ray_targets(NOWHERE)))
+    monkeypatch.setattr(line, "rest", lambda: setattr(line, "clock_s", line.clock_s + 60))
+    ended = roll_out(line)
+    assert (ended.status, ended.stage) == (states.HELD, "shadow")
+    assert "WatchError: Ray's dashboard does not say" in ended.reason
+    assert line.traffic().weights == {CHAMPION: 100.0}
+
+
+def test_metrics_that_are_back_let_it_go_on(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = Line(storage, honest)
+    seen: list[Any] = []
+
+    def make(*given: Any) -> Line:
+        seen.append(given[-1])
+        return line
+
+    monkeypatch.delenv(PROMETHEUS_VARIABLE, raising=False)
+    monkeypatch.setattr(live, "Live", make)
+    monkeypatch.setattr(line, "_source", Flaky(3))
+    assert live.roll_out(line.settings, storage, CANDIDATE, OPTIONS)["status"] == "promoted"
+    state = line.load()
+    assert state is not None
+    assert "WatchError: the metrics are away" in [event["reason"] for event in state.history]
+    # What every rollout is given, of the cluster that serves.
+    assert seen[0].name == "Ray's metrics endpoints"
 
 
 def test_a_locked_rollout_is_left_alone_and_an_abandoned_one_ended(
