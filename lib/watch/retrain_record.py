@@ -148,7 +148,9 @@ def read(storage: Storage, model: str, retrain_id: str) -> Record:
 def history(storage: Storage, model: str) -> list[Record]:
     """Return all retrains of a model, oldest first."""
     paths = [path for path in storage.list(f"retrains/{model}") if path.endswith(".json")]
-    return [Record.from_json(storage.read_json(path)) for path in paths]
+    found = [Record.from_json(storage.read_json(path)) for path in paths]
+    # Names tell the second; two may begin in the same one.
+    return sorted(found, key=lambda record: record.started)
 
 
 def interrupted(storage: Storage, model: str) -> str | None:

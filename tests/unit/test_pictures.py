@@ -186,11 +186,11 @@ def test_many_classes_are_drawn_too(num_classes: int) -> None:
 @pytest.mark.parametrize(
     ("ends", "names"),
     [
-        ([FINISHED], {"curves", "parallel_coordinates", "confusion"}),
-        ([STOPPED], {"curves", "parallel_coordinates", "confusion"}),
+        ([FINISHED], {"curves", "parallel_coordinates", "pareto", "confusion"}),
+        ([STOPPED], {"curves", "parallel_coordinates", "pareto", "confusion"}),
         ([FAILED, FAILED], set()),
-        ([FAILED] * 3 + [FINISHED] * 2, {"curves", "parallel_coordinates", "confusion"}),
-        ([FINISHED] * 6, {"curves", "parallel_coordinates", "confusion", "importance"}),
+        ([FAILED] * 3 + [FINISHED] * 2, {"curves", "parallel_coordinates", "pareto", "confusion"}),
+        ([FINISHED] * 6, {"curves", "parallel_coordinates", "pareto", "confusion", "importance"}),
     ],
 )
 def test_what_can_be_drawn_is_drawn(tmp_path: Path, ends: list[str], names: set[str]) -> None:

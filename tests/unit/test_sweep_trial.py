@@ -97,8 +97,7 @@ def test_an_interrupted_trial_repeats_its_last_report_and_goes_on(desk: Desk) ->
     # Killed again before anything new was kept, it goes on from what was kept first.
     started(desk, "c", {RESUME: ["b", "a"]})
     third = started(desk, "d", {RESUME: ["c", "b0", "a"]})
-    assert third.step() == last
-    assert third.step()["epoch"] == 4
+    assert [third.step()["epoch"] for _ in range(2)] == [4, 5]
     assert started(desk, "e", {}).step()["epoch"] == 1
 
 
