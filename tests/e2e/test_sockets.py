@@ -178,8 +178,8 @@ def test_every_port_that_asks_who_comes_refuses_who_has_nothing(line: LiveLine, 
     # It was the key that they missed, and nothing else about the call.
     assert by_http(line.url, key) == by_http(f"http://{at['fallback']}", key) == 200
     assert by_grpc(at["grpc"], key) == grpc.StatusCode.OK
-    # Serve's own proxy can't carry these messages: it pickles them, and no module is there under the
-    # name that they bear. Once it can, README need not say that gRPC wants HAProxy.
+    # Serve's own proxy can't carry these messages: it pickles them, and no module is there under
+    # the name that they bear. Once it can, README need not say that gRPC wants HAProxy.
     assert by_grpc(at["fallback_grpc"], key, **to_gateway) == LOST
 
 
