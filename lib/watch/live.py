@@ -121,14 +121,16 @@ class Live:
             Limits(max_disagreement=state.max_disagreement),
         )
 
-    def evidence(self, state: State) -> Evidence:
-        """Return what was logged since the rollout began.
+    def check_metrics(self) -> None:
+        """Raise WatchError if the line's metrics can't be read.
 
-        Raises WatchError if the line's metrics can't be read: nobody would see there what the log
-        has lost, so nothing is decided meanwhile.
+        Nobody would see there what the log has lost.
         """
         if self._source:
             read(self._source)
+
+    def evidence(self, state: State) -> Evidence:
+        """Return what was logged since the rollout began."""
         stage = Stage(
             candidate=state.candidate,
             champion=state.champion,

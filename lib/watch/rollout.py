@@ -178,6 +178,8 @@ def _look(world: World, state: State) -> None:
     if verdict.outcome is Outcome.BREACH:
         _leave(world, state, states.ROLLED_BACK, verdict.reason)
     elif verdict.outcome is Outcome.PASS:
+        # Only here: what the log shows of a breach is acted on, whatever else is away.
+        world.check_metrics()
         _advance(world, state, verdict.reason)
     else:
         since_us = max(evidence.newest_us or 0, state.served_since_us or 0)

@@ -70,6 +70,10 @@ class World(Protocol):
         """Let the candidate answer logged requests, with no caller waiting."""
         ...
 
+    def check_metrics(self) -> None:
+        """Raise WatchError if the line's metrics can't be read."""
+        ...
+
     def evidence(self, state: State) -> Evidence:
         """Return what was logged since the rollout began."""
         ...

@@ -113,6 +113,9 @@ class FakeWorld:
     def replay(self, state: State) -> Replayed:
         return self.replayed
 
+    def check_metrics(self) -> None:
+        pass
+
     def evidence(self, state: State) -> Evidence:
         return self.seen(state)
 

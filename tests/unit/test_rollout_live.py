@@ -212,7 +212,6 @@ def test_metrics_that_cannot_be_read_pause_and_never_promote(
 ) -> None:
     line = Line(storage, honest)
     monkeypatch.setattr(line, "_source", RayEndpoints(lambda: ray_targets(NOWHERE)))
-    monkeypatch.setattr(line, "rest", lambda: setattr(line, "clock_s", line.clock_s + 60))
     ended = roll_out(line)
     assert (ended.status, ended.stage) == (states.HELD, "shadow")
     assert "WatchError: Ray's dashboard does not say" in ended.reason
