@@ -218,6 +218,16 @@ def test_metrics_that_cannot_be_read_pause_and_never_promote(
     assert line.traffic().weights == {CHAMPION: 100.0}
 
 
+def test_a_breach_is_acted_on_while_metrics_cannot_be_read(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = Line(storage, raising)
+    monkeypatch.setattr(line, "_source", Flaky(10**9))
+    ended = roll_out(line)
+    assert ended.status == states.ROLLED_BACK
+    assert line.traffic().weights == {CHAMPION: 100.0}
+
+
 def test_metrics_that_are_back_let_it_go_on(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
