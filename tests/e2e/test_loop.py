@@ -42,6 +42,7 @@ WITHIN_S = 600.0
 EVERY_S = 20
 ROLLOUT = ("--steps", "10,50,100", "--min-requests", "100")
 MONITOR = ("jobs.monitor", "--every", str(EVERY_S), "--act", "--preset", "smoke", *ROLLOUT)
+CALM_WINDOWS = 6
 KILLS_A_STEP = 2
 KILLED_WITHIN_S = 1800.0
 
@@ -124,6 +125,20 @@ def new(drill: Drill, known: set[str]) -> list[Record]:
     return [record for record in drill.retrains() if record.id not in known]
 
 
+def await_windows(monitor: Watching, *, champion: int, windows: int) -> dict[str, Any]:
+    """Return what is seen of drift once so many windows were tested for this champion."""
+    seen: dict[str, Any] = {}
+
+    def tested() -> bool:
+        look = monitor.await_look()
+        if look["champion"] == champion and "drift" in look:
+            seen.update(look["drift"])
+        return bool(seen) and seen["evidence"]["windows"] >= windows
+
+    until(tested, deadline_s=300, what=f"{windows} windows of version {champion}")
+    return seen
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -185,6 +200,8 @@ def test_strange_requests_get_a_model_that_knows_them_within_ten_minutes(
         usual = callers.right(version=before.champion, is_changed=False)
         strange = callers.right(version=before.champion, is_changed=True)
         after = answers()
+        # What was strange is known now: the new champion's reference has seen it.
+        calm = await_windows(monitor, champion=version, windows=CALM_WINDOWS)
     rollout = drill.state()
     assert rollout is not None
     print(
@@ -205,6 +222,9 @@ def test_strange_requests_get_a_model_that_knows_them_within_ten_minutes(
                     "strange requests, old champion": percent(strange.mean()),
                     "strange requests, new champion": percent(after.mean()),
                 },
+                "drift after the promotion": {
+                    name: calm[name] for name in ("score", "p_value", "evidence")
+                },
                 "answered": callers.answered,
             },
             indent=2,
@@ -217,6 +237,7 @@ def test_strange_requests_get_a_model_that_knows_them_within_ten_minutes(
     traffic = drill.traffic()
     assert (traffic.champion, traffic.previous_champion) == (version, before.champion)
     assert drill.aliases()["champion"] == str(version)
+    assert not calm["alarm"], calm
 
 
 @pytest.mark.timeout(2700)
