@@ -34,8 +34,9 @@ base() {
   debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv \
     bookworm "$root" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"} >/dev/null
   ln -s /usr/bin/python3 "$root/usr/local/bin/python"
-  for file in /etc/resolv.conf /etc/pip.conf; do
-    if [ -e "$file" ]; then cp -L "$file" "$root$file"; fi
+  # Names, index and certificates as this machine has them.
+  for file in /etc/resolv.conf /etc/pip.conf "${SSL_CERT_FILE:-}"; do
+    if [ -f "$file" ]; then cp -L --parents "$file" "$root"; fi
   done
   trap 'umount "$root/proc" "$root/dev" 2>/dev/null || true' EXIT
   mount -t proc proc "$root/proc"

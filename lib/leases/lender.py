@@ -99,6 +99,7 @@ class RayLender:
 
     def __init__(self) -> None:
         self._actor: Any = None
+        self.is_new = not _is_there()
         with contextlib.suppress(LenderAwayError):
             self._connect()
 
@@ -158,6 +159,16 @@ def look() -> dict[str, Any] | None:
         return dict(ray.get(actor.view.remote(), timeout=_TIMEOUT_S))
     except (ValueError, RayError):
         return None
+
+
+def _is_there() -> bool:
+    try:
+        ray.get_actor(NAME, namespace=NAMESPACE)
+    except ValueError:
+        return False
+    except RayError:
+        pass  # Nobody knows: to be asked is safe.
+    return True
 
 
 def _measure(settings: Settings) -> tuple[Amounts, Amounts]:

@@ -37,6 +37,11 @@ class LenderAwayError(Exception):
 class Remote(Protocol):
     """Who lends the slots: `lib.leases.lender`."""
 
+    @property
+    def is_new(self) -> bool:
+        """Whether nobody had asked for slots before: then there is no other sweep yet."""
+        ...
+
     def renew(self, ask: Ask) -> Grant:
         """Renew a lease; raises LenderAwayError."""
         ...
@@ -70,6 +75,8 @@ class Share:
         """Trials that run or wait for their process at most, if there is no other sweep."""
         self._changed = False
         """Whether the lender does not know yet what the sweep uses now."""
+        self._unasked = remote.is_new
+        """Whether the sweep can begin before the lender, whose process starts, says so."""
         self._lost = False
         self._heard_s = time.monotonic()
         self._lock = threading.Lock()
@@ -117,10 +124,10 @@ class Share:
     def room(self) -> Amounts | None:
         """Return what all sweeps together have to share; None if there is no other sweep.
 
-        Waits for the lender's first answer.
+        Waits for the lender's first answer, unless the lender is new.
         """
         deadline_s = time.monotonic() + _ANSWER_S
-        while self._grant is None and not self._lost:
+        while self._grant is None and not (self._lost or self._unasked):
             if time.monotonic() > deadline_s:
                 self._give_up("it did not answer in time")
                 break
@@ -148,7 +155,7 @@ class Share:
             self._changed = True
         self._wake.set()
         told_s = start_s - _TELL_S
-        while not self._lost and (self._changed or not self.limit):
+        while not (self._lost or self._unasked) and (self._changed or not self.limit):
             now_s = time.monotonic()
             if now_s - start_s > 2 * _WAITING_BEAT_S and now_s - told_s > _TELL_S:
                 told_s = now_s
@@ -170,7 +177,9 @@ class Share:
             before = self._ask
             if (before.uses, before.placed, before.wants) == (uses, running, wants):
                 return
-            self._ask = replace(before, uses=uses, placed=running, wants=wants)
+            # What was free before anything was started is not free any more.
+            free = None if running else before.free
+            self._ask = replace(before, uses=uses, placed=running, wants=wants, free=free)
             if not self.is_shared:
                 return  # The next renewal tells it.
             assert self._grant is not None
@@ -219,7 +228,7 @@ class Share:
                 # A trial has ended meanwhile; its slot must be asked for before it is used again.
                 grant = replace(grant, slots=min(grant.slots, self._ask.uses))
                 self._wake.set()
-            self._grant, self._lost = grant, False
+            self._grant, self._lost, self._unasked = grant, False, False
 
     def _with_measure(self, ask: Ask) -> Ask:
         # While a process starts, what it takes is no longer free and not yet known as its own.

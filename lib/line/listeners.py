@@ -60,6 +60,8 @@ CHOSEN = Listener(ALL, TOKEN)
 """Ports that the system chooses for Ray: raylet, object store, workers, agents."""
 _CHOSEN_FOR = ("/raylet/raylet ", "/gcs/gcs_server ", "ray::", "ray-dashboard-")
 """What the command lines of such processes have in them."""
+_EVERY = {"::": "0.0.0.0"}
+"""Who is told to listen at all addresses may do so by IPv6 too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +104,7 @@ def unexpected(
             allowed = any(word in socket.process for word in _CHOSEN_FOR)
         else:
             opened = {ALL: address, SETTING: host, NODE: node_ip, LOOPBACK: None}
-            allowed = opened[LISTENERS[name].binds] == address
+            allowed = opened[LISTENERS[name].binds] in (address, _EVERY.get(address, address))
         if not allowed:
             found.append(f"{socket.address}:{socket.port} ({name or 'unnamed'}): {socket.process}")
     return sorted(found)

@@ -115,6 +115,7 @@ def test_the_setting_opens_inference_and_nothing_else() -> None:
     ports = read_ports({}, {})
     opened = {"host": "0.0.0.0", "node_ip": "127.0.0.2"}
     assert unexpected([socket("0.0.0.0", 8000)], ports, **opened) == []
+    assert unexpected([socket("::", 8001)], ports, **opened) == []
     assert unexpected([socket("0.0.0.0", 5000)], ports, **opened) != []
 
 

@@ -42,6 +42,7 @@ class Remote:
         self.tries: Counter[str] = Counter()
         """Renewals by owner, those that got no answer too."""
         self.is_away = False
+        self.is_new = False
 
     def renew(self, ask: Ask) -> Grant:
         self.tries[ask.owner] += 1
@@ -153,6 +154,22 @@ def test_without_a_lender_the_sweep_runs_and_says_so_once(
         remote.is_away = False
         remote.lender.renew(Ask(sweep="b", owner="bob", uses=2, size={"CPU": 1.0}, wants=2))
         wait_until(lambda: mine.is_shared)
+
+
+def test_the_first_sweep_begins_while_the_lenders_process_starts() -> None:
+    remote = Remote()
+    remote.is_away = remote.is_new = True
+    with share(remote, "ann") as mine:
+        assert mine.room() is None
+        assert ask(mine) < 1
+        mine.update(running=2, pending=1, left=7)
+        assert mine.limit == 3
+        remote.lender.renew(Ask(sweep="b", owner="bob", uses=0, size={"CPU": 1.0}, wants=2))
+        remote.is_away = False
+        wait_until(lambda: mine.is_shared)
+        wait_until(lambda: remote.asks[-1].uses == 3)
+        assert all(said.free != FREE for said in remote.asks if said.placed), "free is what is left"
+        assert mine.limit <= 3
 
 
 def test_a_lender_that_restarts_changes_nothing() -> None:
