@@ -177,6 +177,8 @@ class Preset:
     """Lowest and highest strength of augmentation, searched in steps of a quarter."""
     first_guesses: tuple[Mapping[str, float], ...] = ()
     """What is tried first, one trial each: where it differs from the usual first guess."""
+    num_views: int = 1
+    """Of an image: every trial's net answers with the mean over them; training is the same."""
     gpus_per_trial: float = 0.25
     """Share of a GPU for a trial where the cluster has GPUs; else a trial takes one CPU."""
     seed: int = 0
@@ -213,6 +215,8 @@ PRESETS: dict[str, Preset] = {
             widths=(6, 16, 24, 32),
             depths=(1, 2, 3),
             growths=(2, 4),
+            # An eighth less loss on held-out images than one view; five gain hardly more.
+            num_views=3,
             # 170,626 and 9,196 parameters: both ends of the Pareto front have a start. A net so
             # small has nothing to spare for being regularised.
             first_guesses=(

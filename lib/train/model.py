@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lib.data.manifest import Manifest
 
 _SMALLEST_SIDE = 3
 """Feature maps are halved while their shorter side stays at least this long."""
+_MOVES = ((0, 0), (1, -1), (-1, 1), (-1, -1), (1, 1))
+"""Of the views of an image, in pixels down and to the right."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +35,11 @@ class ModelConfig:
     """Convolutions per stage."""
     growth: int = 4
     """Channels of the widest stage, as a multiple of the first one's."""
+    num_views: int = 1
+    """Copies of an image, moved by a pixel each, whose probabilities are averaged for an answer.
+
+    The first stage sees every other pixel, so what a net answers depends on where an image lies.
+    """
     pixel_mean: tuple[float, ...]
     """Per channel, pixels scaled to 0–1."""
     pixel_std: tuple[float, ...]
@@ -43,6 +51,8 @@ class ModelConfig:
         for name in ("height", "width", "channels", "stage_width", "depth", "growth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 1 <= self.num_views <= len(_MOVES):
+            raise ValueError(f"num_views={self.num_views} must lie between 1 and {len(_MOVES)}")
         if self.num_classes < 2:
             raise ValueError(f"num_classes={self.num_classes} must be at least 2")
         for name in ("pixel_mean", "pixel_std"):
@@ -51,7 +61,13 @@ class ModelConfig:
 
     @classmethod
     def from_manifest(
-        cls, manifest: Manifest, *, stage_width: int, depth: int, growth: int = 4
+        cls,
+        manifest: Manifest,
+        *,
+        stage_width: int,
+        depth: int,
+        growth: int = 4,
+        num_views: int = 1,
     ) -> ModelConfig:
         """Take shape, classes and pixel statistics from a data set."""
         return cls(
@@ -62,6 +78,7 @@ class ModelConfig:
             stage_width=stage_width,
             depth=depth,
             growth=growth,
+            num_views=num_views,
             pixel_mean=manifest.pixel_mean,
             pixel_std=manifest.pixel_std,
         )
@@ -130,7 +147,22 @@ class ConvNet(nn.Module):
 
     def forward(self, images_NHWC: Tensor) -> Tensor:
         """Return the logits, float32 [N, K], of uint8 images [N, H, W, C]."""
-        return self.classify(self.normalise(images_NHWC)).float()
+        images_NCHW = self.normalise(images_NHWC)
+        num_views = self.config.num_views
+        if num_views == 1:
+            return self.classify(images_NCHW).float()
+        logits_K = self.classify(self._views(images_NCHW)).float()
+        logs_VNK = logits_K.log_softmax(dim=1).unflatten(0, (num_views, -1))
+        return logs_VNK.logsumexp(dim=0)
+
+    def _views(self, images_NCHW: Tensor) -> Tensor:
+        """Return all images by the first move, then all by the next; edges are repeated."""
+        height, width = images_NCHW.shape[-2:]
+        padded_NCHW = functional.pad(images_NCHW, (1, 1, 1, 1), mode="replicate")
+        moves = _MOVES[: self.config.num_views]
+        return torch.cat(
+            [padded_NCHW[..., 1 - y : 1 - y + height, 1 - x : 1 - x + width] for y, x in moves]
+        )
 
     def num_parameters(self) -> int:
         """Return how many weights are trained."""

@@ -114,6 +114,7 @@ class Trial(SweepTrial):
                 stage_width=config["stage_width"],
                 depth=config["depth"],
                 growth=config["growth"],
+                num_views=config.get("num_views", 1),
             ),
             train_config(config, rungs=self._rungs, seed=self._seed),
             train=self._source("train"),

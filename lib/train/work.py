@@ -92,7 +92,11 @@ def image_work(
             "manifest": manifest,
             "splits": dict(splits),
             "rungs": preset.rungs,
-            "settings": {**first_guesses(preset)[0], **settings},
+            "settings": {
+                **first_guesses(preset)[0],
+                "num_views": preset.num_views,
+                **settings,
+            },
             "num_threads": resources.num_threads,
             "train_seed": experiment.seed,
             "measure_latency": LATENCY_MS in metrics,

@@ -8,8 +8,12 @@ from lib.train.exported import exported_latency_ms
 from lib.train.model import ModelConfig
 
 
-@pytest.mark.parametrize("shape", [(28, 28, 1), (9, 12, 3)])
-def test_a_net_of_any_shape_is_exported_and_answers_one_image(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "num_views"), [((28, 28, 1), 1), ((28, 28, 1), 3), ((9, 12, 3), 1)]
+)
+def test_a_net_of_any_shape_is_exported_and_answers_one_image(
+    shape: tuple[int, int, int], num_views: int
+) -> None:
     height, width, channels = shape
     config = ModelConfig(
         height=height,
@@ -18,6 +22,7 @@ def test_a_net_of_any_shape_is_exported_and_answers_one_image(shape: tuple[int, 
         num_classes=3,
         stage_width=4,
         depth=1,
+        num_views=num_views,
         pixel_mean=(0.1,) * channels,
         pixel_std=(0.3,) * channels,
     )

@@ -54,7 +54,8 @@ def test_a_trial_streams_what_does_not_fit_and_is_rebuilt_bit_by_bit(
     storage, manifest = made
     monkeypatch.setattr(work, "read_splits", lambda *_: pytest.fail("all of it was read"))
     experiment = preset_experiment(preset("smoke"))
-    found = image_work(storage, manifest, replace(preset("smoke"), rungs=RUNGS), experiment)
+    chosen = replace(preset("smoke"), rungs=RUNGS, num_views=3)
+    found = image_work(storage, manifest, chosen, experiment)
     shared = found.shared(TrialResources(cpus=1.0, gpus=0.0, num_parallel=1))
     assert shared["splits"] == {}
     trial = Trial.__new__(Trial)
@@ -65,6 +66,7 @@ def test_a_trial_streams_what_does_not_fit_and_is_rebuilt_bit_by_bit(
     content = trial.artifacts(True)[MODEL_FILE]
 
     kept = torch.load(io.BytesIO(content), weights_only=True)
+    assert kept["model_config"]["num_views"] == 3
     config: dict[str, Any] = {
         name: kept[name] for name in ("model_config", "train_config", "epoch")
     }

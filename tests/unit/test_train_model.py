@@ -72,8 +72,42 @@ def test_a_channel_that_never_changes_does_not_divide_by_zero() -> None:
     assert torch.isfinite(ConvNet(model)(random_images(2, model))).all()
 
 
-def test_exported_program_takes_any_batch_and_computes_the_same() -> None:
-    model = config(height=12, width=20, channels=3, pixel_mean=(0.4,) * 3, pixel_std=(0.2,) * 3)
+def test_an_answer_is_the_mean_over_the_views_of_an_image_which_training_does_not_see() -> None:
+    torch.manual_seed(0)
+    one = ConvNet(config()).eval()
+    five = ConvNet(config(num_views=5)).eval()
+    five.load_state_dict(one.state_dict())
+    images = torch.zeros((3, 28, 28, 1), dtype=torch.uint8)
+    images[:, 8:20, 8:20] = random_images(3, config())[:, 8:20, 8:20]
+    moved = [
+        images.roll(move, dims=(1, 2)) for move in ((0, 0), (1, -1), (-1, 1), (-1, -1), (1, 1))
+    ]
+    with torch.no_grad():
+        expected = torch.stack([Served(one)(view) for view in moved]).mean(dim=0)
+        torch.testing.assert_close(Served(five)(images), expected)
+        assert (expected - Served(one)(images)).abs().max() > 1e-3, "the views differ"
+        trained_on = five.normalise(images)
+        assert torch.equal(five.classify(trained_on), one.classify(trained_on))
+
+
+def test_what_comes_in_at_the_edge_of_a_view_repeats_the_edge() -> None:
+    images = torch.full((2, 28, 28, 1), 90, dtype=torch.uint8)
+    net = ConvNet(config()).eval()
+    viewed = ConvNet(config(num_views=5)).eval()
+    viewed.load_state_dict(net.state_dict())
+    torch.testing.assert_close(Served(viewed)(images), Served(net)(images))
+
+
+@pytest.mark.parametrize("num_views", [1, 3])
+def test_exported_program_takes_any_batch_and_computes_the_same(num_views: int) -> None:
+    model = config(
+        height=12,
+        width=20,
+        channels=3,
+        num_views=num_views,
+        pixel_mean=(0.4,) * 3,
+        pixel_std=(0.2,) * 3,
+    )
     served = Served(ConvNet(model)).eval()
     program = torch.export.export(
         served,
@@ -96,6 +130,8 @@ def test_a_config_survives_a_checkpoint() -> None:
     [
         ({"height": 0}, "height=0"),
         ({"num_classes": 1}, "num_classes=1"),
+        ({"num_views": 0}, "num_views=0"),
+        ({"num_views": 6}, "num_views=6"),
         ({"pixel_mean": (0.1, 0.2)}, "pixel_mean has 2 values"),
     ],
 )
