@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import ray
 import ray.data
 
 from lib.cli import progress
@@ -30,7 +31,7 @@ from lib.data.assemble import (
 from lib.data.checks import ROW_ID_BYTES, RowIds
 from lib.data.execution import quiet_ray_data
 from lib.data.manifest import SPLITS, Manifest, manifest_path
-from lib.data.shards import Chunk, ChunkResult, ShardWriter, chunk_ranges, chunk_rows
+from lib.data.shards import Chunk, ChunkResult, ShardWriter, chunk_ranges, chunk_rows, num_tasks
 from lib.data.sources import Opened, Source, find_source
 from lib.data.staging import Staging, check_free_space
 from lib.errors import RaylineError
@@ -172,7 +173,8 @@ def _run(storage: Storage, chunks: Sequence[Chunk]) -> Iterator[ChunkResult | Ra
     quiet_ray_data()
     # As bytes: Arrow has no column type for objects.
     items = [{"item": pickle.dumps(chunk)} for chunk in chunks]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    tasks = num_tasks(len(items), ray.cluster_resources().get("CPU", 0))
+    dataset = ray.data.from_items(items, override_num_blocks=tasks)
     for row in dataset.map(ShardWriter(storage)).iter_rows():
         yield pickle.loads(row["item"])
 

@@ -100,19 +100,21 @@ class EpochStream:
         """Read a window; every row goes straight to its place in the shuffled window."""
         rows = sum(shard.rows for shard in shards)
         places = np.argsort(row_hash(rows, seed ^ int(shards[0].sha256[:8], 16)))
-        images = np.empty((rows, *self.manifest.shape), dtype=np.uint8)
+        # An image as one value of many bytes: NumPy then places it by one copy.
+        width = int(np.prod(self.manifest.shape))
+        images = np.empty(rows, dtype=f"V{width}")
         labels = np.empty(rows, dtype=np.int64)
         starts = np.cumsum([0] + [shard.rows for shard in shards])
 
         def place(index: int) -> None:
             table = read_shard(self.storage, shards[index], ["image", "label"])
             there = places[starts[index] : starts[index + 1]]
-            pixels = byte_rows(table.column("image"), int(np.prod(self.manifest.shape)))
-            images[there] = pixels.reshape(-1, *self.manifest.shape)
+            images[there] = byte_rows(table.column("image"), width).view(images.dtype)[:, 0]
             labels[there] = table.column("label").to_numpy()
 
         list(decoders.map(place, range(len(shards))))
-        return Batch(images_NHWC=images, labels_N=labels)
+        pixels = images.view(np.uint8).reshape(rows, *self.manifest.shape)
+        return Batch(images_NHWC=pixels, labels_N=labels)
 
 
 def _cut(left: Batch | None, window: Batch, size: int) -> Iterator[Batch]:

@@ -9,7 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib.data.readers import RawReader
-from lib.data.shards import Chunk, chunk_ranges, chunk_rows, pixel_sums, process_chunk, row_ids
+from lib.data.shards import (
+    Chunk,
+    chunk_ranges,
+    chunk_rows,
+    num_tasks,
+    pixel_sums,
+    process_chunk,
+    row_ids,
+)
 from lib.errors import StorageError
 from lib.storage import Storage
 
@@ -103,6 +111,14 @@ def test_chunks_end_where_row_groups_do() -> None:
     # An end that leaves almost nothing is passed over; groups of several chunks are cut.
     assert chunk_ranges(30, 10, (1, 30)) == [(0, 10), (10, 20), (20, 30)]
     assert chunk_ranges(0, 10, ()) == []
+
+
+@pytest.mark.parametrize(
+    ("chunks", "cpus", "tasks"),
+    [(1, 2, 1), (7, 2, 7), (72, 2, 8), (72, 64, 72), (654, 2, 41), (20, 0, 2), (72, 0.5, 5)],
+)
+def test_tasks_are_few_but_enough_for_all_cores(chunks: int, cpus: float, tasks: int) -> None:
+    assert num_tasks(chunks, cpus) == tasks
 
 
 def test_storage_that_is_a_file_is_named(chunk: tuple[Storage, Chunk, np.ndarray]) -> None:

@@ -8,6 +8,7 @@ import pytest
 from lib.data.manifest import Manifest, Preprocess
 from lib.data.readers import RawReader
 from lib.data.shards import Chunk, process_chunk
+from lib.data.splits import row_hash
 from lib.data.stream import EpochStream
 from lib.errors import DataError
 from lib.storage import Storage
@@ -85,6 +86,17 @@ def test_the_order_depends_on_seed_and_epoch_alone(
     assert len({tuple(rows) for rows in [*orders, range(ROWS)]}) == 4
     # Started again at epoch 1, with other threads.
     assert order(stream(data, num_threads=1), 1) == orders[1]
+
+
+def test_the_order_is_that_of_the_rows_hashes(data: tuple[Storage, Manifest, np.ndarray]) -> None:
+    # Models are rebuilt bit by bit from this order.
+    shards = np.argsort(row_hash(len(data[1].shards), 3))
+    rows = [row for shard in shards for row in range(shard * SHARD_ROWS, (shard + 1) * SHARD_ROWS)]
+    rows = [row for row in rows if row < ROWS]
+    seed = 3 ^ int(data[1].shards[shards[0]].sha256[:8], 16)
+    wanted = np.empty(ROWS, dtype=np.int64)
+    wanted[np.argsort(row_hash(ROWS, seed))] = rows
+    assert order(stream(data, window_bytes=2**20), 3) == wanted.tolist()
 
 
 def test_rows_of_several_shards_share_a_batch(data: tuple[Storage, Manifest, np.ndarray]) -> None:
