@@ -45,8 +45,7 @@ def start(tmp_path: Path, local_ray: None, mlflow_server: str) -> Iterator[Start
                 **os.environ,
                 VARIABLE: Provenance(commit="0" * 40, owner=owner).encode(),
                 "TINY_TRIALS": str(num_trials),
-                # Tune gives a trial whose process is still starting to one that becomes free, and
-                # ends the other: trials must take longer than two processes start apart.
+                # So that one owner's sweep is not over before the other's driver has started.
                 "TINY_EPOCH_S": "1.5",
                 **env,
             },

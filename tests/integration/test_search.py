@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from lib.train.search import SweepResult, run_sweep
 from lib.train.trial import LATENCY_MS
 from lib.train.work import image_work
 from tests.data_sources import idx_files, write_files
+from tests.sweeps import NUM_EPOCHS, tiny_experiment, tiny_work
 
 pytestmark = pytest.mark.long
 
@@ -172,6 +174,17 @@ def only_rates(preset: Preset, *rates: float) -> Experiment:
         ),
         first_guesses=({**first_guesses(preset)[0], "learning_rate": rates[0]},),
     )
+
+
+def test_trials_shorter_than_the_start_of_a_process_run_in_all_slots(
+    settings: Settings, storage: Storage
+) -> None:
+    result = run_sweep(settings, storage, tiny_experiment(num_trials=40), tiny_work(storage))
+    assert len(result.trials) == 40
+    log = Path(storage.path("epochs.log")).read_text()
+    epochs = [json.loads(line) for line in log.splitlines()]
+    assert len({pid for _, _, pid in epochs}) == 2
+    assert len(epochs) == 40 * NUM_EPOCHS, "none began twice"
 
 
 def test_a_trial_that_fails_does_not_end_the_sweep(
