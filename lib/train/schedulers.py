@@ -140,11 +140,21 @@ class AtRungs(TrialScheduler):
         self._inner.on_trial_remove(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Return the trial to start next; one that was paused needs a slot again."""
+        """Return the trial to start next; one that was paused needs a slot again.
+
+        Tune gives it the process of a trial that has just ended, and ends its own if that is still
+        starting. Of trials shorter than the start of a process, one process would then do all. So
+        it is not one whose process is starting.
+        """
         chosen = self._inner.choose_trial_to_run(tune_controller)
-        if chosen is not None and chosen.status == Trial.PAUSED and not self._may_resume():
+        if chosen is None:
             return None
-        return chosen
+        if chosen.status == Trial.PAUSED:
+            return chosen if self._may_resume() else None
+        if not _is_starting(tune_controller, chosen):
+            return chosen
+        waiting = (trial for trial in tune_controller.get_trials() if trial.status == Trial.PENDING)
+        return next((trial for trial in waiting if not _is_starting(tune_controller, trial)), None)
 
     def debug_string(self) -> str:
         """Return what the inner scheduler says of itself."""
@@ -160,6 +170,14 @@ class AtRungs(TrialScheduler):
         for epoch, rung_count, metrics in state.rungs:
             result = {**metrics, "epoch": epoch, RUNG_COUNT: rung_count}
             self._inner.on_trial_result(controller, trial, result)
+
+
+def _is_starting(tune_controller: Any, pending: Trial) -> bool:
+    """Whether there is a process for a trial that waits, and not only a request for one."""
+    # No scheduler is told of processes, so this looks behind what Tune hands to it.
+    controller = getattr(tune_controller, "_tune_controller", None)
+    actor = controller._trial_to_actor.get(pending) if controller else None
+    return actor is not None and controller._actor_manager.is_actor_started(actor)
 
 
 class _Unsearched:

@@ -118,10 +118,9 @@ class Session:
         most_s: float,
     ) -> None:
         _quiet_tune()
-        # Else Tune starts the first processes one after the other. More than may be under way: at
-        # that number Tune gives the process of a trial that has ended to any trial that waits, also
-        # to one whose own process is starting, and ends that one. Of trials shorter than the start
-        # of a process, one process would do all.
+        # Else Tune starts the first processes one after the other. More than may be under way: else
+        # the process of a trial that has ended goes to any trial that waits, also to
+        # one whose own is starting (see `AtRungs.choose_trial_to_run`).
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(resources.num_parallel + 2)
         work, storage = self._work, self._storage
         # Population-based training may still copy one that its trial has gone on from.

@@ -275,3 +275,28 @@ def test_a_paused_trial_needs_a_slot_to_go_on(searcher: StudySearcher, slots: Sl
     slots.is_shared = False
     inner.choose_trial_to_run = lambda controller: paused
     assert scheduler.choose_trial_to_run(None) is paused
+
+
+def test_a_process_that_has_come_free_is_for_a_trial_without_one() -> None:
+    # Hashed as Tune's trials are.
+    running, starting, requested, new = (
+        type("Trial", (), {"status": status})()
+        for status in ("RUNNING", "PENDING", "PENDING", "PENDING")
+    )
+    actors = {running: "up", starting: "coming", requested: "asked for"}
+    manager = SimpleNamespace(is_actor_started=lambda actor: actor in ("up", "coming"))
+    inner = SimpleNamespace(choose_trial_to_run=lambda controller: starting)
+    progress = cast(Progress, SimpleNamespace(trials={}))
+    scheduler = AtRungs("asha", cast(Any, inner), progress)
+
+    def chosen(*known: Any) -> Any:
+        return scheduler.choose_trial_to_run(
+            SimpleNamespace(
+                get_trials=lambda: known,
+                _tune_controller=SimpleNamespace(_trial_to_actor=actors, _actor_manager=manager),
+            )
+        )
+
+    assert chosen(running, starting, requested, new) is requested
+    assert chosen(running, starting, new) is new
+    assert chosen(running, starting) is None, "its own process is kept"
