@@ -231,9 +231,10 @@ class Share:
             self._grant, self._lost, self._unasked = grant, False, False
 
     def _with_measure(self, ask: Ask) -> Ask:
-        # While a process starts, what it takes is no longer free and not yet known as its own.
+        # While a process starts, what it takes is no longer free and not yet known as its own. One
+        # whose trial has ended is kept until it is known who gets its slot.
         starts = ask.placed < min(ask.uses, self._parallel)
-        if ask.free is not None or starts or not ask.wants:
+        if ask.free is not None or starts or self._changed or not ask.wants:
             return ask
         free, most = self._measure()
         return replace(ask, free=free, most=most)

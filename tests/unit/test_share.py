@@ -139,6 +139,25 @@ def test_a_slot_is_asked_for_again_and_goes_to_who_waits(
     assert "waiting for a slot: ann holds 2" in capsys.readouterr().out
 
 
+def test_a_process_without_a_trial_is_not_taken_for_less_room() -> None:
+    remote = Remote()
+    with share(remote, "ann") as anns, share(remote, "bob") as bobs:
+        for mine in (anns, bobs):
+            ask(mine)
+            mine.update(running=1, pending=0, left=8)
+        wait_until(lambda: anns.is_shared and bobs.is_shared and (anns.limit, bobs.limit) == (1, 1))
+        # Its process stays until it is known whose the slot is, so nothing is free.
+        for _ in range(5):
+            before = len(remote.asks)
+            anns.update(running=0, pending=0, left=8)
+            wait_until(lambda: anns.is_settled)
+            assert anns.limit == 1, "bob has his, so it is ann's again"
+            told = next(a for a in remote.asks[before:] if a.owner == "ann" and not a.uses)
+            assert told.free is None
+            anns.update(running=1, pending=0, left=7)
+            wait_until(lambda: anns.is_settled)
+
+
 def test_without_a_lender_the_sweep_runs_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
