@@ -154,7 +154,10 @@ class Leases:
             self._samples.clear()
 
     def _measure(self, ask: Ask) -> None:
-        if not ask.free:
+        # What a process takes that is being started is neither free nor placed.
+        others = (lease.ask for lease in self._leases.values() if lease.ask.sweep != ask.sweep)
+        starts = any(other.placed < min(other.uses, other.wants) for other in others)
+        if not ask.free or (starts and self._samples):
             return
         taken: dict[str, float] = {}
         for lease in self._leases.values():

@@ -222,6 +222,18 @@ def test_one_odd_measurement_changes_nothing() -> None:
     assert shared.room == ROOM
 
 
+def test_a_process_that_starts_is_not_taken_for_less_room() -> None:
+    shared = leases()
+    shared.renew(ask("a", uses=1, placed=1, slots=1, free={"CPU": 1.0}), 0.0)
+    shared.renew(ask("b", free={"CPU": 1.0}), 0.0)
+    shared.renew(ask("b", uses=1, placed=0, slots=1), 0.1)
+    for second in range(1, 11):
+        # The second core is b's, and nothing runs on it yet.
+        shared.renew(ask("a", uses=1, placed=1, slots=1, free={"CPU": 0.0}), float(second))
+    assert shared.room == {"CPU": 2.0}
+    assert shared.renew(ask("a", uses=0, slots=0), 11.0).slots == 1, "its trial has ended"
+
+
 def test_after_a_restart_nothing_is_lent_before_all_have_been_heard() -> None:
     shared = Leases(lease_s=LEASE_S, recovers_until_s=100.0)
     measured = {"free": {"CPU": 0.0, "GPU": 0.0}}
