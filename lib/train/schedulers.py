@@ -176,8 +176,10 @@ def _is_starting(tune_controller: Any, pending: Trial) -> bool:
     """Whether there is a process for a trial that waits, and not only a request for one."""
     # No scheduler is told of processes, so this looks behind what Tune hands to it.
     controller = getattr(tune_controller, "_tune_controller", None)
-    actor = controller._trial_to_actor.get(pending) if controller else None
-    return actor is not None and controller._actor_manager.is_actor_started(actor)
+    if controller is None:
+        return False
+    actor = controller._trial_to_actor.get(pending)
+    return actor is not None and bool(controller._actor_manager.is_actor_started(actor))
 
 
 class _Unsearched:
