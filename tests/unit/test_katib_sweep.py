@@ -108,6 +108,8 @@ class Alone(Share):
 class Leasing:
     """Stands for the lease actor."""
 
+    is_new = False
+
     def __init__(self) -> None:
         self._leases = Leases(lease_s=15.0)
 

