@@ -46,7 +46,7 @@ def serve_api(line: LiveLine) -> ServeClient:
 
 @pytest.fixture(scope="module")
 def images_NHW() -> npt.NDArray[np.uint8]:
-    return np.asarray(mnist("test")[0][:200], np.uint8)
+    return np.asarray(mnist("test")[0][:120], np.uint8)
 
 
 def ask(

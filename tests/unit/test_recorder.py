@@ -219,6 +219,7 @@ def test_the_share_of_images_is_drawn_by_the_request_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorders, "FEATURE_ROWS", 1000)
+    monkeypatch.setattr(recorders, "KEPT_IMAGES", 1000)
     chosen = []
     for name in ("a", "b"):
         storage = Storage(str(tmp_path / name))
@@ -240,11 +241,12 @@ def test_the_share_of_images_is_drawn_by_the_request_id(
     assert 220 < len(chosen[0]) < 380
 
 
+@pytest.mark.parametrize(("bound", "most"), [("KEPT_IMAGE_BYTES", 24 * 100), ("KEPT_IMAGES", 100)])
 def test_a_busy_gateway_keeps_fewer_images_and_features(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str, most: int
 ) -> None:
     storage = Storage(str(tmp_path))
-    monkeypatch.setattr(recorders, "KEPT_IMAGE_BYTES", 24 * 100)
+    monkeypatch.setattr(recorders, bound, most)
     monkeypatch.setattr(recorders, "FEATURE_ROWS", 500)
     recorder = Recorder(storage)
     for number in range(1000):
