@@ -232,9 +232,10 @@ class Share:
 
     def _with_measure(self, ask: Ask) -> Ask:
         # While a process starts, what it takes is no longer free and not yet known as its own. One
-        # whose trial has ended is kept until it is known who gets its slot.
+        # whose trial has ended is kept until it is known who gets its slot, and for its next trial.
         starts = ask.placed < min(ask.uses, self._parallel)
-        if ask.free is not None or starts or self._changed or not ask.wants:
+        is_kept = self._changed or (self.is_shared and ask.uses < ask.slots)
+        if ask.free is not None or starts or is_kept or not ask.wants:
             return ask
         free, most = self._measure()
         return replace(ask, free=free, most=most)

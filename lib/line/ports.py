@@ -61,7 +61,7 @@ _PLACES = {
     "RAYLINE_PROMETHEUS_URL": "a Prometheus that reads Ray's metrics, instead of starting one",
     "GRAFANA_URL": "a Grafana with Rayline's dashboards, which Ray's dashboard then embeds",
     "RAYLINE_HTTP_HOST": "address that inference binds (127.0.0.1; of a given cluster: its own)",
-    "RAYLINE_LOG_IMAGES": "percent of requests whose images are logged, fewer under load; at the head's start (100)",
+    "RAYLINE_LOG_IMAGES": "percent of requests with image in the log; at the head's start (100)",
     "RAYLINE_LOG_DAYS": "days that the log of predictions is kept; at the head's start (30)",
     "RAYLINE_SERVE_API": "Ray dashboard of the cluster that serves, if it is not the jobs' one",
     "RAYLINE_SERVE_URL": "address of the models (the inference port of this machine or cluster)",

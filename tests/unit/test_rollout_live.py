@@ -143,7 +143,11 @@ def roll_out(line: Line) -> states.State:
     return rollout.run(line)
 
 
-def test_an_equal_candidate_is_replayed_shadowed_served_and_promoted(storage: Storage) -> None:
+def test_an_equal_candidate_is_replayed_shadowed_served_and_promoted(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All in one flush, and every image is there to be replayed.
+    monkeypatch.setattr("lib.watch.recorder.KEPT_IMAGES", 1000)
     line = Line(storage, honest)
     line.ask(501)
     ended = roll_out(line)
