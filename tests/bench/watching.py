@@ -27,7 +27,7 @@ from tests.bench.systems import System, rayline_alone, settings_of
 MOST_COST = 0.05
 """Of the requests/s, that watching may cost."""
 _WAYS = {
-    ALL: "every answer, every image",
+    ALL: "every answer, images as by default",
     NO_IMAGES: "every answer (RAYLINE_LOG_IMAGES=0)",
     OFF: "no log",
 }
