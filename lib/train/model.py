@@ -151,8 +151,8 @@ class ConvNet(nn.Module):
         num_views = self.config.num_views
         if num_views == 1:
             return self.classify(images_NCHW).float()
-        logits_K = self.classify(self._views(images_NCHW)).float()
-        logs_VNK = logits_K.log_softmax(dim=1).unflatten(0, (num_views, -1))
+        logits_MK = self.classify(self._views(images_NCHW)).float()
+        logs_VNK = logits_MK.log_softmax(dim=1).unflatten(0, (num_views, -1))
         return logs_VNK.logsumexp(dim=0)
 
     def _views(self, images_NCHW: Tensor) -> Tensor:

@@ -118,9 +118,9 @@ class Session:
         most_s: float,
     ) -> None:
         _quiet_tune()
-        # Else Tune starts the first processes one after the other. More than may be under way: else
-        # the process of a trial that has ended goes to any trial that waits, also to
-        # one whose own is starting (see `AtRungs.choose_trial_to_run`).
+        # At 1, Tune's default, the first processes start one after the other. At the number of
+        # trials under way, the process of one that has ended goes to any that waits, also to one
+        # whose own is starting (see `AtRungs.choose_trial_to_run`); so it is above that.
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(resources.num_parallel + 2)
         work, storage = self._work, self._storage
         # Population-based training may still copy one that its trial has gone on from.
