@@ -69,7 +69,7 @@ def raising(model: ModelProto) -> ModelProto:
     )
 
 
-def slow(model: ModelProto, num_products: int = 100) -> ModelProto:
+def slow(model: ModelProto, num_products: int = 200) -> ModelProto:
     """Return a model that multiplies large matrices first, and then goes by what it always did."""
     nodes = [
         helper.make_node("Cast", [_IMAGES], ["drill/floats"], to=TensorProto.FLOAT),

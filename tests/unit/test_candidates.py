@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -67,13 +67,11 @@ def test_one_errs_and_one_raises_on_marked_images(tmp_path: Path, images_NHWC: I
 
 
 def test_one_takes_its_time(tmp_path: Path, images_NHWC: Images) -> None:
-    seconds = []
-    for model in (champion(), slow(champion())):
+    def least_s(model: ModelProto) -> float:
         file = tmp_path / "model.onnx"
         onnx.save(model, file)
         predictor = OnnxPredictor(file)
-        predictor.predict(images_NHWC[:1])
-        start_s = time.perf_counter()
-        predictor.predict(images_NHWC[:1])
-        seconds.append(time.perf_counter() - start_s)
-    assert seconds[1] > seconds[0] + 0.005
+        return min(timeit.repeat(lambda: predictor.predict(images_NHWC[:1]), number=1, repeat=5))
+
+    # A ratio of two on one machine, however fast it is; it is some hundred times.
+    assert least_s(slow(champion())) > 20 * least_s(champion())
