@@ -73,5 +73,5 @@ def test_one_takes_its_time(tmp_path: Path, images_NHWC: Images) -> None:
         predictor = OnnxPredictor(file)
         return min(timeit.repeat(lambda: predictor.predict(images_NHWC[:1]), number=1, repeat=5))
 
-    # A ratio of two on one machine, however fast it is; it is some hundred times.
+    # Both on one machine, however fast it is; measured were hundreds to thousands of times.
     assert least_s(slow(champion())) > 20 * least_s(champion())
