@@ -1,8 +1,9 @@
 """Versions that are worse than the champion in one way: one trained on wrong labels, the others as
 ONNX graphs around the champion's own.
 
-What fails or errs in these does so on marked images alone, whose first pixel is white, so that a
-test says when it begins, and no hook is needed in what is tested.
+What fails or errs in these does so on marked images alone, which have a white corner, so that a
+test says when it begins, and no hook is needed in what is tested. Each has a corner of its own:
+images that were marked for one are in the log afterwards, and replay would show them to the next.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from lib.train.loop import Examples, TrainConfig, Trainer
 from lib.train.model import ModelConfig
 
 MARK = 255
+ERRS_AT, RAISES_AT = 0, -1
+"""Corners that are marked, as the index of their row and column: the first and the last."""
 _IMAGES, _OUTPUT, _INNER = "images", "probabilities", "drill/inner"
 _WIDTH = 1024
 
 
-def marked(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Return a copy of images (N, 28, 28) on which the candidates below are worse."""
+def marked(images: npt.NDArray[np.uint8], corner: int) -> npt.NDArray[np.uint8]:
+    """Return a copy of images (N, 28, 28) on which the candidate of that corner is worse."""
     copy = images.copy()
-    copy[..., 0, 0] = MARK
+    copy[..., corner, corner] = MARK
     return copy
 
 
@@ -42,7 +45,7 @@ def erring(model: ModelProto) -> ModelProto:
     order = np.roll(np.arange(num_classes), 1)
     return _around(
         model,
-        {"order": order, "one": np.array([1])},
+        {**_white_at(ERRS_AT), "order": order, "one": np.array([1])},
         [
             *_mark(),
             helper.make_node("Gather", [_INNER, "drill/order"], ["drill/rolled"], axis=1),
@@ -59,7 +62,7 @@ def raising(model: ModelProto) -> ModelProto:
     """Return a model that fails on a batch with a marked image: its index is out of bounds."""
     return _around(
         model,
-        {"one": np.array([1]), "table": np.zeros(1, np.float32)},
+        {**_white_at(RAISES_AT), "one": np.array([1]), "table": np.zeros(1, np.float32)},
         [
             *_mark(),
             helper.make_node("Gather", ["drill/table", "drill/mark"], ["drill/zeros"], axis=0),
@@ -135,17 +138,25 @@ def trained_on_noise(
 
 
 def _mark() -> list[Any]:
-    """Return nodes that make `drill/mark`, int64 (N,): 1 for marked images, else 0."""
+    """Return nodes that make `drill/mark`, int64 (N,): 1 for marked images, else 0.
+
+    They take the constants of `_white_at`.
+    """
     nodes, name = [], _IMAGES
     for step in range(3):
-        # The first row, of it the first column, of it the first channel.
-        nodes.append(helper.make_node("Gather", [name, "drill/first"], [f"drill/at{step}"], axis=1))
-        name = f"drill/at{step}"
+        # A row, of it a column, of it a channel; images have one.
+        at = f"drill/at{step}"
+        nodes.append(helper.make_node("Gather", [name, "drill/corner"], [at], axis=1))
+        name = at
     return [
         *nodes,
         helper.make_node("Cast", [name], ["drill/pixel"], to=TensorProto.INT64),
         helper.make_node("Div", ["drill/pixel", "drill/white"], ["drill/mark"]),
     ]
+
+
+def _white_at(corner: int) -> dict[str, Any]:
+    return {"corner": np.array(corner), "white": np.array(MARK)}
 
 
 def _around(model: ModelProto, constants: dict[str, Any], nodes: list[Any]) -> ModelProto:
@@ -160,8 +171,7 @@ def _around(model: ModelProto, constants: dict[str, Any], nodes: list[Any]) -> M
         for place, name in enumerate(node.input):
             if name == _OUTPUT:
                 node.input[place] = _INNER
-    always = {"first": np.array(0), "white": np.array(MARK)}
-    for name, value in {**always, **constants}.items():
+    for name, value in constants.items():
         graph.initializer.append(numpy_helper.from_array(value, f"drill/{name}"))
     graph.node.extend(nodes)
     onnx.checker.check_model(wrapped)

@@ -110,7 +110,8 @@ class Drill:
 
         def is_there() -> bool:
             state = self.state()
-            assert state is None or state.candidate != version or state.status not in states.ENDED
+            is_over = state and state.candidate == version and state.status in states.ENDED
+            assert not is_over, f"it ended before {stage}: {state}"
             return (
                 state is not None
                 and (state.candidate, state.stage) == (version, stage)

@@ -24,7 +24,15 @@ from lib.registry.evaluate import predict_all
 from lib.registry.notes import EVIDENCE_TAG, REASON_TAG, ROLLOUT_TAG
 from lib.serving.predictor import OnnxPredictor
 from lib.serving.traffic import ModelTraffic
-from tests.candidates import erring, marked, raising, slow, trained_on_noise
+from tests.candidates import (
+    ERRS_AT,
+    RAISES_AT,
+    erring,
+    marked,
+    raising,
+    slow,
+    trained_on_noise,
+)
 from tests.data_sources import mnist
 from tests.e2e.callers import calling
 from tests.e2e.clients import until
@@ -34,7 +42,8 @@ from tests.e2e.drills import ROLLOUT_S, Drill, left_as_it_was
 pytestmark = pytest.mark.long
 
 STEPS = ("--steps", "10,50,100", "--min-requests", "100", "--step-timeout", "300")
-MARKED_NHW = marked(mnist("test")[0])
+ERRS_NHW = marked(mnist("test")[0], ERRS_AT)
+RAISES_NHW = marked(mnist("test")[0], RAISES_AT)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +83,7 @@ def test_an_equal_candidate_is_promoted_though_its_rollout_is_killed_on_the_way(
 ) -> None:
     before = drill.traffic()
     version = drill.register(lambda model: model)
-    with calling(drill.line, MARKED_NHW) as callers:
+    with calling(drill.line, ERRS_NHW) as callers:
         process = roll_out(drill, str(version), *STEPS)
         drill.wait_for(version, "canary-10")
         process.send_signal(signal.SIGKILL)
@@ -102,7 +111,7 @@ def test_a_worse_candidate_is_taken_back_and_no_caller_sees_an_error(
 ) -> None:
     before = drill.traffic()
     version = drill.register(change)
-    with calling(drill.line, MARKED_NHW) as callers:
+    with calling(drill.line, ERRS_NHW) as callers:
         process = roll_out(drill, str(version), *STEPS)
         drill.wait_for(version, "canary-10")
         callers.changed_share = share
@@ -127,7 +136,7 @@ def test_one_trained_on_noisy_labels_is_taken_back_on_its_accuracy(
     version = drill.add(
         exported.onnx_file.read_bytes(), exported.pt2_file.read_bytes(), test_accuracy=accuracy
     )
-    with calling(drill.line, MARKED_NHW) as callers:
+    with calling(drill.line, ERRS_NHW) as callers:
         # Replay, too, goes by what callers sent and labelled.
         until(lambda: callers.answered > 300, what="300 answers")
         code, result = ended(roll_out(drill, str(version), *STEPS))
@@ -141,7 +150,7 @@ def test_one_trained_on_noisy_labels_is_taken_back_on_its_accuracy(
 def test_one_that_raises_on_two_percent_costs_its_canary_share_and_no_more(drill: Drill) -> None:
     before = drill.traffic()
     version = drill.register(raising)
-    with calling(drill.line, MARKED_NHW, num_callers=6) as callers:
+    with calling(drill.line, RAISES_NHW, num_callers=6) as callers:
         process = roll_out(drill, str(version), *STEPS)
         drill.wait_for(version, "canary-10")
         callers.changed_share = 0.02

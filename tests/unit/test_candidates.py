@@ -11,7 +11,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from lib.serving.predictor import Images, OnnxPredictor, Probabilities
-from tests.candidates import erring, marked, raising, slow
+from tests.candidates import ERRS_AT, RAISES_AT, erring, marked, raising, slow
 
 
 def champion() -> ModelProto:
@@ -44,8 +44,9 @@ def answer(tmp_path: Path, model: ModelProto, images_NHWC: Images) -> Probabilit
     return OnnxPredictor(file).predict(images_NHWC)
 
 
-def mark_some(images_NHWC: Images) -> Images:
-    return np.concatenate([images_NHWC[:4], marked(images_NHWC[4:, ..., 0])[..., np.newaxis]])
+def mark_some(images_NHWC: Images, corner: int) -> Images:
+    some = marked(images_NHWC[4:, ..., 0], corner)[..., np.newaxis]
+    return np.concatenate([images_NHWC[:4], some])
 
 
 def test_all_of_them_answer_plain_images_as_the_champion_does(
@@ -57,13 +58,21 @@ def test_all_of_them_answer_plain_images_as_the_champion_does(
 
 
 def test_one_errs_and_one_raises_on_marked_images(tmp_path: Path, images_NHWC: Images) -> None:
-    some = mark_some(images_NHWC)
+    some = mark_some(images_NHWC, ERRS_AT)
     standing = answer(tmp_path, champion(), some)
     found = answer(tmp_path, erring(champion()), some)
     np.testing.assert_allclose(found[:4], standing[:4])
     np.testing.assert_allclose(found[4:], np.roll(standing[4:], 1, axis=1))
+    others = mark_some(images_NHWC, RAISES_AT)
     with pytest.raises(Exception, match="out of data bounds"):
-        answer(tmp_path, raising(champion()), some)
+        answer(tmp_path, raising(champion()), others)
+
+
+def test_what_is_marked_for_one_is_plain_to_the_other(tmp_path: Path, images_NHWC: Images) -> None:
+    for change, corner in ((erring, RAISES_AT), (raising, ERRS_AT)):
+        some = mark_some(images_NHWC, corner)
+        found = answer(tmp_path, change(champion()), some)
+        np.testing.assert_allclose(found, answer(tmp_path, champion(), some))
 
 
 def test_one_takes_its_time(tmp_path: Path, images_NHWC: Images) -> None:
