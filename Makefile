@@ -63,7 +63,9 @@ push: ## that image as REGISTRY/rayline:TAG-DEVICE; a TAG v0.2.0 is written 0.2.
 bench: .venv/.installed ## tables of ingest, training, search and serving, with peers beside
 	@$(BIN)/python -m tests.bench
 
-# uv installs the pins in a sixth of pip's time; pip is there when uv can't run on a machine.
+# uv installs the pins in a sixth of pip's time; pip is there when uv can't run on a machine. Where
+# nothing may write bytecode later (PYTHONDONTWRITEBYTECODE), each process of Ray that starts would
+# take three times as long without it.
 .venv/.installed: requirements.txt
 	@set -e -o pipefail; \
 	for python in python3.11 python3.12 python3.13 python3; do \
@@ -76,7 +78,7 @@ bench: .venv/.installed ## tables of ingest, training, search and serving, with 
 	$$found -m venv .venv; \
 	uv=$$(sed -n 's/^\(uv==[^ ;]*\).*/\1/p' requirements.txt); \
 	if $(BIN)/python -m pip install -q --disable-pip-version-check "$$uv" \
-	    && VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --no-deps -r requirements.txt 2>&1 \
+	    && VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --compile-bytecode --no-deps -r requirements.txt 2>&1 \
 	    | grep --line-buffered -v '^ [+-] '; then :; else \
 	  echo "uv could not install the pins; trying pip, which takes some minutes longer"; \
 	  $(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements.txt; \
