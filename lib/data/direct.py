@@ -69,17 +69,29 @@ def check_data(storage: Storage, manifest: Manifest) -> int:
     )
 
 
-def read_shard(storage: Storage, shard: Shard, columns: list[str] | None = None) -> pa.Table:
-    """Return a shard's rows; raise DataError if its bytes are not those of the manifest."""
+def read_shard(
+    storage: Storage, shard: Shard, columns: list[str] | None = None, *, exact: bool = True
+) -> pa.Table:
+    """Return a shard's rows; raise DataError if its bytes are not those of the manifest.
+
+    With `exact` that is told by the SHA-256 of the file, else by the checksums of its pages: damage
+    is found too, another file in its place is not, and it takes a third of the time.
+    """
     content = storage.read_buffer(shard.path)
-    if hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise DataError(
-            f"{shard.path} at {storage.uri} is damaged: its SHA-256 is not the manifest's; "
-            "delete it and run jobs.ingest again with the source"
+    damaged = (
+        f"{shard.path} at {storage.uri} is damaged: {{}}; "
+        "delete it and run jobs.ingest again with the source"
+    )
+    if exact and hashlib.sha256(content).hexdigest() != shard.sha256:
+        raise DataError(damaged.format("its SHA-256 is not the manifest's"))
+    try:
+        # Not `pq.read_table`, which plans a scan first: that takes half as long as the read itself.
+        # No threads: readers of many shards have a thread for each.
+        table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=not exact).read(
+            columns=columns, use_threads=False
         )
-    # Not `pq.read_table`, which plans a scan first: that takes half as long as the read itself.
-    # No threads: readers of many shards have a thread for each.
-    table = pq.ParquetFile(pa.BufferReader(content)).read(columns=columns, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(damaged.format(error)) from error
     if table.num_rows != shard.rows:
         raise DataError(f"{shard.path} has {table.num_rows} rows, the manifest says {shard.rows}")
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,10 @@ from lib.storage import Storage
 WINDOW_BYTES = 64 * 2**20
 """Pixels that are shuffled together; at most two windows are held."""
 
+
+_NUM_BUFFERS = 3
+_UNHELD = 3
+"""References to a buffer that only its list has, while they are counted."""
 
 IN_MEMORY_BYTES = 2**30
 """Pixels of a split up to which trials hold it; a constant, since the order of training, and so
@@ -59,22 +64,25 @@ class EpochStream:
     def epoch(self, number: int) -> Iterator[Batch]:
         """Yield the batches of an epoch; the last one may be smaller.
 
-        Raises DataError naming the shard if one is damaged, StorageError if one is missing.
+        In the first one, 0, shards are compared with the manifest, in the others with their own
+        checksums. Raises DataError naming the shard if one is damaged, StorageError if one is
+        missing.
         """
         shards = [shard for shard in self.manifest.shards if shard.split == self.split]
         if not shards:
             raise DataError(f"data set {self.manifest.digest[:12]} has no split {self.split!r}")
-        # Seed and epoch each get a range of their own: (0, 1) and (1, 0) are other orders.
-        seed = self.seed * 2**32 + number
-        order = np.argsort(row_hash(len(shards), seed))
+        order = np.argsort(row_hash(len(shards), self._seed_of(number)))
         windows = list(self._windows([shards[index] for index in order]))
         left: Batch | None = None
+        buffers = _Buffers(self.window_bytes, int(np.prod(self.manifest.shape)))
         with ThreadPoolExecutor(self.num_threads) as decoders, ThreadPoolExecutor(1) as ahead:
-            pending = ahead.submit(self._read, windows[0], seed, decoders)
+            pending = ahead.submit(self._read, windows[0], number, buffers, decoders)
             for index in range(len(windows)):
                 window = pending.result()
                 if index + 1 < len(windows):
-                    pending = ahead.submit(self._read, windows[index + 1], seed, decoders)
+                    pending = ahead.submit(
+                        self._read, windows[index + 1], number, buffers, decoders
+                    )
                 self.max_windows_held = max(
                     self.max_windows_held, 2 if index + 1 < len(windows) else 1
                 )
@@ -86,6 +94,10 @@ class EpochStream:
             if left is not None:
                 yield left
 
+    def _seed_of(self, epoch: int) -> int:
+        # Seed and epoch each get a range of their own: (0, 1) and (1, 0) are other orders.
+        return self.seed * 2**32 + epoch
+
     def _windows(self, shards: Sequence[Shard]) -> Iterator[list[Shard]]:
         row_bytes = int(np.prod(self.manifest.shape))
         window: list[Shard] = []
@@ -96,25 +108,65 @@ class EpochStream:
             window.append(shard)
         yield window
 
-    def _read(self, shards: Sequence[Shard], seed: int, decoders: ThreadPoolExecutor) -> Batch:
+    def _read(
+        self,
+        shards: Sequence[Shard],
+        epoch: int,
+        buffers: _Buffers,
+        decoders: ThreadPoolExecutor,
+    ) -> Batch:
         """Read a window; every row goes straight to its place in the shuffled window."""
         rows = sum(shard.rows for shard in shards)
-        places = np.argsort(row_hash(rows, seed ^ int(shards[0].sha256[:8], 16)))
-        # An image as one value of many bytes: NumPy then places it by one copy.
+        # Sorted while the first shards are decoded; the first task, so that none waits for ever.
+        seed = self._seed_of(epoch) ^ int(shards[0].sha256[:8], 16)
+        order = decoders.submit(_places, rows, seed)
         width = int(np.prod(self.manifest.shape))
-        images = np.empty(rows, dtype=f"V{width}")
+        images = buffers.take(rows)
         labels = np.empty(rows, dtype=np.int64)
         starts = np.cumsum([0] + [shard.rows for shard in shards])
 
         def place(index: int) -> None:
-            table = read_shard(self.storage, shards[index], ["image", "label"])
-            there = places[starts[index] : starts[index + 1]]
+            columns = ["image", "label"]
+            table = read_shard(self.storage, shards[index], columns, exact=epoch == 0)
+            there = order.result()[starts[index] : starts[index + 1]]
             images[there] = byte_rows(table.column("image"), width).view(images.dtype)[:, 0]
             labels[there] = table.column("label").to_numpy()
 
         list(decoders.map(place, range(len(shards))))
         pixels = images.view(np.uint8).reshape(rows, *self.manifest.shape)
         return Batch(images_NHWC=pixels, labels_N=labels)
+
+
+def _places(num_rows: int, seed: int) -> npt.NDArray[np.int64]:
+    """Return for each row its place in the shuffled window."""
+    return np.argsort(row_hash(num_rows, seed))
+
+
+class _Buffers:
+    """Memory of windows, used again once nobody holds it: new pages cost a tenth of a read.
+
+    Three: one is read into, one is given out, and of the one before a last batch may be in use.
+
+    Args:
+        num_bytes: Of a window; one of a single shard may be larger.
+        width: Bytes of an image.
+    """
+
+    def __init__(self, num_bytes: int, width: int) -> None:
+        self._rows = num_bytes // width
+        self._width = width
+        self._made: list[npt.NDArray[np.void]] = []
+
+    def take(self, rows: int) -> npt.NDArray[np.void]:
+        """Return room for so many rows."""
+        self._rows = max(self._rows, rows)
+        # Of a batch that is still held, its window is the base.
+        for buffer in self._made:
+            if sys.getrefcount(buffer) == _UNHELD and len(buffer) >= rows:
+                return buffer[:rows]
+        # An image as one value of many bytes: NumPy then places it by one copy.
+        self._made = [*self._made, np.empty(self._rows, dtype=f"V{self._width}")][-_NUM_BUFFERS:]
+        return self._made[-1][:rows]
 
 
 def _cut(left: Batch | None, window: Batch, size: int) -> Iterator[Batch]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,13 +120,39 @@ def test_two_windows_are_held_at_most(
     assert len(started) == 4
 
 
-def test_a_damaged_shard_is_named(data: tuple[Storage, Manifest, np.ndarray]) -> None:
+def test_memory_of_windows_is_used_again_once_no_batch_holds_it(
+    data: tuple[Storage, Manifest, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    empty = np.empty
+
+    def counted(*args: Any, dtype: Any) -> np.ndarray:
+        made.append(np.dtype(dtype).itemsize)
+        return empty(*args, dtype=dtype)
+
+    monkeypatch.setattr("lib.data.stream.np.empty", counted)
+    # Twelve windows of a shard each.
+    for _ in stream(data, batch_size=7, window_bytes=1).epoch(0):
+        pass
+    assert made.count(20) <= 3
+    made.clear()
+    held = list(stream(data, batch_size=7, window_bytes=1).epoch(0))
+    assert made.count(20) == 12
+    labels = np.concatenate([batch.labels_N for batch in held])
+    assert np.array_equal(np.concatenate([b.images_NHWC for b in held]), data[2][labels])
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("place", [100, -20])
+def test_a_damaged_shard_is_named(
+    data: tuple[Storage, Manifest, np.ndarray], epoch: int, place: int
+) -> None:
     storage, manifest, _ = data
     shard = manifest.shards[5]
     content = bytearray(storage.read(shard.path))
-    content[100] ^= 1
+    content[place] ^= 1
     storage.write(shard.path, bytes(content))
     with pytest.raises(DataError, match=rf"{shard.path} .*damaged"):
-        list(stream(data).epoch(0))
+        list(stream(data).epoch(epoch))
     with pytest.raises(DataError, match="no split 'dev'"):
         next(EpochStream(storage=storage, manifest=manifest, split="dev", batch_size=2).epoch(0))
