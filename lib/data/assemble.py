@@ -19,13 +19,11 @@ from lib.data.checks import (
     check_rows_per_class,
     find_duplicates,
 )
-from lib.data.manifest import SPLITS, Manifest, Preprocess
+from lib.data.manifest import FORMAT_VERSION, SPLITS, Manifest, Preprocess
 from lib.data.readers import Shape
 from lib.data.shards import ChunkResult, PixelSums, split_digest
 from lib.data.sources import Opened, Source, SplitRows
 from lib.data.splits import Targets, split_train
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,16 +86,15 @@ def check_leaks(assigned: Sequence[Assigned], ids: RowIds, config: IngestConfig)
     """
     targets = np.concatenate([part.targets for part in assigned])
     is_test = targets == SPLITS.index("test")
-    test_rows, other_rows = np.flatnonzero(is_test), np.flatnonzero(~is_test)
-    pairs = find_duplicates(ids[other_rows], ids[test_rows])
+    pairs = find_duplicates(ids, is_test)
     starts = np.cumsum([0] + [part.targets.size for part in assigned])
 
     def where(row: int) -> str:
         part = int(np.searchsorted(starts, row, side="right")) - 1
         return assigned[part].rows.reader.where(row - int(starts[part]))
 
-    named = [(where(int(test_rows[test])), where(int(other_rows[other]))) for test, other in pairs]
-    check_duplicates(named, test_rows.size, config.max_duplicate_fraction)
+    named = [(where(test), where(other)) for test, other in pairs]
+    check_duplicates(named, int(is_test.sum()), config.max_duplicate_fraction)
 
 
 def build_manifest(
@@ -116,7 +113,7 @@ def build_manifest(
     sums = functools.reduce(operator.add, (result.sums for result in results))
     mean, square = sums.moments()
     return Manifest(
-        digest=content_digest(opened.shape, opened.class_names, split_digests),
+        digest=content_digest(opened.shape, opened.class_names, split_digests, FORMAT_VERSION),
         source=source.name,
         source_digests=dict(source.digests),
         height=opened.shape[0],
@@ -141,14 +138,17 @@ def build_manifest(
 
 
 def content_digest(
-    shape: Shape, class_names: Sequence[str], split_digests: Mapping[str, str]
+    shape: Shape,
+    class_names: Sequence[str],
+    split_digests: Mapping[str, str],
+    format_version: int,
 ) -> str:
     """Return what a data set with this content is called, however it came about."""
     content = {
         "shape": shape,
         "class_names": list(class_names),
         "splits": dict(split_digests),
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 

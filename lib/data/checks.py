@@ -147,26 +147,30 @@ def check_same_shape(
             )
 
 
-def find_duplicates(train_ids: RowIds, test_ids: RowIds) -> list[tuple[int, int]]:
-    """Return (test row, first train row with the same pixels) for ids of shape (N, 16)."""
-    train_heads = np.ascontiguousarray(train_ids[:, :8]).view(np.uint64).ravel()
-    test_heads = np.ascontiguousarray(test_ids[:, :8]).view(np.uint64).ravel()
-    # A few bits rule out nearly all rows, without the sort of all heads; half an id finds the
-    # few candidates among the rest; the whole id decides.
-    shift = np.uint64(64 - _FILTER_BITS)
+def find_duplicates(ids: RowIds, is_test: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return (test row, first other row with the same pixels) for ids of shape (N, 16)."""
+    heads, tails = np.ascontiguousarray(ids).view(np.uint64).T
+    # A few bits of an id rule out nearly all rows, a few of its other half most that are left; the
+    # whole id decides.
+    others = np.flatnonzero(_marked(heads[is_test])[_bits(heads)] & ~is_test)
+    others = others[_marked(tails[is_test])[_bits(tails[others])]]
+    tests = np.flatnonzero(_marked(heads[others])[_bits(heads)] & is_test)
+    first: dict[bytes, int] = {}
+    for row in others:
+        first.setdefault(ids[row].tobytes(), int(row))
+    found = ((int(row), first.get(ids[row].tobytes())) for row in tests)
+    return [(test, other) for test, other in found if other is not None]
+
+
+def _bits(halves: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    return halves >> np.uint64(64 - _FILTER_BITS)
+
+
+def _marked(halves: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Return for all bits whether some of these halves of ids begin with them."""
     marked = np.zeros(2**_FILTER_BITS, dtype=np.bool_)
-    marked[test_heads >> shift] = True
-    candidates = np.flatnonzero(marked[train_heads >> shift])
-    candidates = candidates[np.isin(train_heads[candidates], test_heads)]
-    train_rows: dict[bytes, int] = {}
-    for row in candidates:
-        train_rows.setdefault(train_ids[row].tobytes(), int(row))
-    pairs = []
-    for row in np.flatnonzero(np.isin(test_heads, train_heads[candidates])):
-        found = train_rows.get(test_ids[row].tobytes())
-        if found is not None:
-            pairs.append((int(row), found))
-    return pairs
+    marked[_bits(halves)] = True
+    return marked
 
 
 def check_duplicates(

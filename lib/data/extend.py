@@ -116,13 +116,15 @@ def extend(
     too few that are new, DataError if a label is none of the parent's classes.
     """
     _check(parent, found)
-    settled, num_repeated, num_contradicting = _settle(found)
+    settled, num_repeated, num_contradicting = _settle(found, parent.format_version)
     columns = {
         shard.path: _columns(storage, shard) for shard in parent.shards if shard.split != LIVE
     }
     known_ids = np.concatenate([ids for ids, _ in columns.values()])
+    both = np.concatenate([known_ids, settled.ids])
+    is_new = np.arange(len(both)) >= len(known_ids)
     known = np.zeros(len(settled.ids), dtype=np.bool_)
-    known[[row for row, _ in find_duplicates(known_ids, settled.ids)]] = True
+    known[[row - len(known_ids) for row, _ in find_duplicates(both, is_new)]] = True
     new = settled.take(~known)
     parts = {split: new.take(rows) for split, rows in _parts(new.ids, config).items()}
     rows = {split: len(part.ids) for split, part in parts.items()}
@@ -181,9 +183,9 @@ def _check_enough(extension: Extension, num_labelled: int, config: ExtendConfig)
     )
 
 
-def _settle(found: LabelledImages) -> tuple[_Rows, int, int]:
+def _settle(found: LabelledImages, format_version: int) -> tuple[_Rows, int, int]:
     """Return every image once, in the order of ids, without those whose labels contradict."""
-    ids, order = _sorted(row_ids(found.images_NHWC))
+    ids, order = _sorted(row_ids(found.images_NHWC, format_version))
     rows = _Rows(images=found.images_NHWC[order], labels=found.labels_N[order], ids=ids)
     if not len(ids):
         return rows, 0, 0
@@ -266,7 +268,9 @@ def _manifest(
     source = parent.source.removesuffix(_SUFFIX) + _SUFFIX
     return replace(
         parent,
-        digest=content_digest(parent.shape, parent.class_names, split_digests),
+        digest=content_digest(
+            parent.shape, parent.class_names, split_digests, parent.format_version
+        ),
         source=source,
         source_digests={
             **parent.source_digests,

@@ -21,7 +21,6 @@ import ray.data
 
 from lib.cli import progress
 from lib.data.assemble import (
-    FORMAT_VERSION,
     Assigned,
     IngestConfig,
     assign,
@@ -30,7 +29,7 @@ from lib.data.assemble import (
 )
 from lib.data.checks import ROW_ID_BYTES, RowIds
 from lib.data.execution import quiet_ray_data
-from lib.data.manifest import SPLITS, Manifest, manifest_path
+from lib.data.manifest import FORMAT_VERSION, SPLITS, Manifest, manifest_path
 from lib.data.shards import Chunk, ChunkResult, ShardWriter, chunk_ranges, chunk_rows, num_tasks
 from lib.data.sources import Opened, Source, find_source
 from lib.data.staging import Staging, check_free_space
@@ -175,7 +174,10 @@ def _run(storage: Storage, chunks: Sequence[Chunk]) -> Iterator[ChunkResult | Ra
     items = [{"item": pickle.dumps(chunk)} for chunk in chunks]
     tasks = num_tasks(len(items), ray.cluster_resources().get("CPU", 0))
     dataset = ray.data.from_items(items, override_num_blocks=tasks)
-    for row in dataset.map(ShardWriter(storage)).iter_rows():
+    write = ShardWriter(storage)
+    # A batch is all of a task.
+    results = dataset.map_batches(write, batch_size=None, batch_format="pyarrow")
+    for row in results.iter_rows():
         yield pickle.loads(row["item"])
 
 

@@ -14,6 +14,12 @@ LIVE = "live"
 """Split of a data set that was extended: labelled live requests that nothing is trained on."""
 
 
+FORMAT_VERSIONS = (1, 2)
+"""Of data sets that can be read. Row ids are BLAKE2b-128 in the first, XXH3-128 in the second."""
+FORMAT_VERSION = 2
+"""Of data sets that are made now."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocess:
     """How an uploaded picture becomes an array of the data set's shape."""
@@ -60,7 +66,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     seed: int
     """Seed of the validation split (and of test, where the source has none)."""
-    format_version: int = 1
+    format_version: int = FORMAT_VERSION
     parent: str | None = None
     """Digest of the data set that this one extends."""
     live_shards: tuple[str, ...] = ()
@@ -87,7 +93,7 @@ class Manifest:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Manifest:
         """Rebuild a manifest from its JSON; raise DataError if it is of another format."""
-        if content.get("format_version") != 1:
+        if content.get("format_version") not in FORMAT_VERSIONS:
             raise DataError(
                 f"manifest format {content.get('format_version')!r} is unknown; ingest again"
             )

@@ -103,12 +103,19 @@ def compare_sets(
 ) -> dict[str, Any]:
     """Print what rows came and went from `a` to `b`; draw some of them if asked to.
 
-    Raises DataError if the two have other classes or shapes: then no row can be the same.
+    Raises DataError if the two have other classes or shapes: then no row can be the same. Nor can
+    rows be compared whose ids are of another kind.
     """
     if a.class_names != b.class_names or a.shape != b.shape:
         raise DataError(
             f"{a.digest[:_SHORT]} has {a.num_classes} classes of {a.shape}, {b.digest[:_SHORT]} "
             f"{b.num_classes} of {b.shape}; only sets of the same classes and shape are compared"
+        )
+    if a.format_version != b.format_version:
+        older = min(a, b, key=lambda manifest: manifest.format_version)
+        raise DataError(
+            f"{older.digest[:_SHORT]} was made by an older Rayline, with other ids for its rows; "
+            f"run jobs.ingest with its source, {older.source}, and compare the set that it makes"
         )
     rows_a, rows_b = read_rows(storage, a), read_rows(storage, b)
     found = difference(rows_a, rows_b, a.class_names)

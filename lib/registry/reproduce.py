@@ -123,7 +123,9 @@ def _load(file: Path, version: Version) -> dict[str, Any]:
 
 def _check_data(storage: Storage, version: Version) -> Manifest:
     manifest = load_manifest(storage, version.data_digest)
-    digest = content_digest(manifest.shape, manifest.class_names, manifest.split_digests)
+    digest = content_digest(
+        manifest.shape, manifest.class_names, manifest.split_digests, manifest.format_version
+    )
     if digest != version.data_digest:
         raise DataError(
             f"the manifest of data set {version.data_digest} was changed: its content is that of "

@@ -9,7 +9,7 @@ import numpy as np
 
 from lib.data.assemble import content_digest
 from lib.data.loader import Split
-from lib.data.manifest import SPLITS, Manifest, Preprocess, Shard, manifest_path
+from lib.data.manifest import FORMAT_VERSION, SPLITS, Manifest, Preprocess, Shard, manifest_path
 from lib.data.shards import row_ids, split_digest, to_parquet
 from lib.storage import Storage
 
@@ -41,7 +41,7 @@ def write_set(
         for split, found in splits.items()
     }
     made = Manifest(
-        digest=content_digest(shape, class_names, digests),
+        digest=content_digest(shape, class_names, digests, FORMAT_VERSION),
         source="made",
         source_digests={},
         height=shape[0],

@@ -13,13 +13,14 @@ def test_duplicates_are_found_by_the_whole_id_and_named_by_row() -> None:
     test = rng.integers(0, 256, (20, 16), dtype=np.uint8)
     test[3], test[7] = train[40], train[11]
     test[5, :8] = train[20, :8]  # Half an id in common is no duplicate.
-    assert checks.find_duplicates(train, test) == [(3, 40), (7, 11)]
+    is_test = np.arange(70) < 20
+    assert checks.find_duplicates(np.concatenate([test, train]), is_test) == [(3, 60), (7, 31)]
 
 
 def test_the_first_of_several_equal_train_rows_is_named() -> None:
-    train = np.zeros((5, 16), np.uint8)
-    train[:2] = 9
-    assert checks.find_duplicates(train, np.zeros((1, 16), np.uint8)) == [(0, 2)]
+    ids = np.zeros((6, 16), np.uint8)
+    ids[:2] = 9
+    assert checks.find_duplicates(ids, np.arange(6) == 5) == [(5, 2)]
 
 
 def test_duplicates_up_to_the_threshold_pass() -> None:

@@ -13,6 +13,7 @@ from lib.data.direct import check_data, read_split
 from lib.data.extend import ExtendConfig, LabelledImages, extend
 from lib.data.manifest import LIVE, Manifest, load_manifest
 from lib.data.shards import row_ids
+from lib.data.views import compare_sets
 from lib.errors import DataError, TooFewError
 from lib.storage import Storage
 from tests.made_set import NAMES, SHAPE, images_of, made_set
@@ -144,6 +145,25 @@ def test_rows_that_the_data_set_has_already_are_not_new(storage: Storage, parent
     found = LabelledImages(images_NHWC=images, labels_N=labels.astype(np.int32))
     with pytest.raises(TooFewError, match="80 are in the data set already"):
         extend(storage, parent, found, CONFIG)
+
+
+def test_a_set_of_the_first_format_goes_on_with_its_kind_of_ids(
+    storage: Storage, parent: Manifest
+) -> None:
+    # Made as an older Rayline made it.
+    old = made_set(storage, format_version=1)
+    known, _ = read_split(storage, old, "train")
+    found = live(80)
+    both = LabelledImages(
+        images_NHWC=np.concatenate([known[:5], found.images_NHWC]),
+        labels_N=np.concatenate([np.zeros(5, np.int32), found.labels_N]),
+    )
+    made = extend(storage, old, both, CONFIG)
+    child = load_manifest(storage, made.manifest.digest)
+    assert (child.format_version, made.num_known) == (1, 5)
+    assert check_data(storage, child) == sum(child.rows(split) for split in child.counts)
+    with pytest.raises(DataError, match=r"made by an older Rayline.*ingest with its source, made"):
+        compare_sets(storage, old, made_set(storage), None)
 
 
 def test_labels_and_shapes_that_do_not_fit_are_named(storage: Storage, parent: Manifest) -> None:
