@@ -20,6 +20,7 @@ from torch.nn import functional
 from lib.errors import SearchError
 from lib.train.augment import Augmentation, augment
 from lib.train.model import ConvNet, ModelConfig
+from lib.train.optimizer import NesterovSGD
 
 _EVALUATION_BATCH = 500
 
@@ -160,15 +161,8 @@ class Trainer:
         # Scales and shifts of the normalisation are few; decay would only pull them to zero.
         decayed = [parameter for parameter in self.net.parameters() if parameter.ndim > 1]
         others = [parameter for parameter in self.net.parameters() if parameter.ndim <= 1]
-        self._optimizer = torch.optim.SGD(
-            [
-                {"params": decayed, "weight_decay": train_config.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=train_config.learning_rate,
-            momentum=train_config.momentum,
-            nesterov=True,
-            fused=True,
+        self._optimizer = NesterovSGD(
+            [(decayed, train_config.weight_decay), (others, 0.0)], momentum=train_config.momentum
         )
 
     def run_epoch(self) -> dict[str, float]:
@@ -212,12 +206,6 @@ class Trainer:
         self.epoch = state["epoch"]
         self.net.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
-        # The optimizer's state brings the settings it was made with, which may be another trial's.
-        for group, weight_decay in zip(
-            self._optimizer.param_groups, (self.train_config.weight_decay, 0.0), strict=True
-        ):
-            group["weight_decay"] = weight_decay
-            group["momentum"] = self.train_config.momentum
         self._generator.set_state(state["generator"].cpu())
 
     def checkpoint(self) -> dict[str, Any]:
@@ -238,8 +226,6 @@ class Trainer:
         for batch, given in enumerate(islice(self._shuffled(), num_batches)):
             rate = config.learning_rate_at(self.epoch + batch / num_batches)
             peak = max(peak, rate)
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
             images_NCHW = augment(
                 self.net.normalise(given.images_NHWC), config.augmentation, self._generator
             )
@@ -249,8 +235,7 @@ class Trainer:
                 logits_NK.float(), given.labels_N, label_smoothing=config.label_smoothing
             )
             loss.backward()
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizer.step(rate)
             total_loss += loss.detach()
         return float(total_loss) / num_batches, peak
 
