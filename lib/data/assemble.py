@@ -108,8 +108,11 @@ def build_manifest(
     """Put together all that training and serving will know about the images."""
     labels: Labels = np.concatenate([part.rows.labels for part in assigned])
     targets = np.concatenate([part.targets for part in assigned])
-    chosen = {split: targets == index for index, split in enumerate(SPLITS)}
-    split_digests = {split: split_digest(ids[rows], labels[rows]) for split, rows in chosen.items()}
+    chosen = {split: np.flatnonzero(targets == index) for index, split in enumerate(SPLITS)}
+    split_digests = {
+        split: split_digest(np.take(ids, rows, axis=0), labels[rows])
+        for split, rows in chosen.items()
+    }
     sums = functools.reduce(operator.add, (result.sums for result in results))
     mean, square = sums.moments()
     return Manifest(

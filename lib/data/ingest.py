@@ -12,6 +12,7 @@ import json
 import pickle
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -84,8 +85,11 @@ def ingest_source(
         opened = source.open(staging)
         assigned = assign(opened, config)
         results, ids = _process(storage, _chunks(opened, assigned))
-    check_leaks(assigned, ids, config)
-    built = build_manifest(source, opened, assigned, results, ids, config)
+    with ThreadPoolExecutor(1) as beside:
+        # Both are NumPy's and a hash's work for millions of rows, which leave Python's lock alone.
+        building = beside.submit(build_manifest, source, opened, assigned, results, ids, config)
+        check_leaks(assigned, ids, config)
+        built = building.result()
     manifest, reused = _publish(storage, built)
     storage.write_json(key_path, {"digest": manifest.digest})
     verb = "is there already" if reused else "published"
@@ -172,7 +176,9 @@ def _run(storage: Storage, chunks: Sequence[Chunk]) -> Iterator[ChunkResult | Ra
     quiet_ray_data()
     # As bytes: Arrow has no column type for objects.
     items = [{"item": pickle.dumps(chunk)} for chunk in chunks]
-    tasks = num_tasks(len(items), ray.cluster_resources().get("CPU", 0))
+    shape = chunks[0].shape
+    chunk_bytes = chunk_rows(shape) * int(np.prod(shape))
+    tasks = num_tasks(len(items), chunk_bytes, ray.cluster_resources().get("CPU", 0))
     dataset = ray.data.from_items(items, override_num_blocks=tasks)
     write = ShardWriter(storage)
     # A batch is all of a task.

@@ -31,7 +31,8 @@ MAX_CHUNK_BYTES = 128 * 2**20
 """With large images this decides: a task holds a few times as much."""
 _TASKS_PER_CPU = 4
 """So that a core that is slower than others takes fewer of them."""
-_MAX_CHUNKS_PER_TASK = 16
+_TASK_BYTES = 256 * 2**20
+"""Raw pixels of a task: some seconds, after which progress is seen."""
 _ZSTD_LEVEL = 1
 _SUM_BYTES = 2**18
 """Pixels that are added up at a time: as floats they stay in the processor's cache."""
@@ -114,12 +115,12 @@ def chunk_ranges(num_rows: int, most_rows: int, ends: Sequence[int]) -> list[tup
     return ranges
 
 
-def num_tasks(num_chunks: int, num_cpus: float) -> int:
-    """Return how many tasks share the chunks.
+def num_tasks(num_chunks: int, chunk_bytes: int, num_cpus: float) -> int:
+    """Return how many tasks share chunks of so many raw pixels.
 
     Few: Ray Data takes about as long over a task as the task over a chunk of small images.
     """
-    fewest = math.ceil(num_chunks / _MAX_CHUNKS_PER_TASK)
+    fewest = math.ceil(num_chunks * chunk_bytes / _TASK_BYTES)
     return min(num_chunks, max(fewest, int(_TASKS_PER_CPU * num_cpus)))
 
 
@@ -223,8 +224,9 @@ def to_parquet(images: Images, labels: Labels, ids: RowIds) -> pa.Buffer:
         table.replace_schema_metadata({"rayline.shape": shape}),
         sink,
         row_group_size=len(images),
-        compression="zstd",
-        compression_level=_ZSTD_LEVEL,
+        # An id is as good as random.
+        compression={"image": "zstd", "label": "zstd", "row_id": "none"},
+        compression_level={"image": _ZSTD_LEVEL, "label": _ZSTD_LEVEL},
         use_dictionary=False,
         write_statistics=False,
         write_page_checksum=True,

@@ -115,11 +115,22 @@ def test_chunks_end_where_row_groups_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chunks", "cpus", "tasks"),
-    [(1, 2, 1), (7, 2, 7), (72, 2, 8), (72, 64, 72), (654, 2, 41), (20, 0, 2), (72, 0.5, 5)],
+    ("chunks", "mib", "cpus", "tasks"),
+    [
+        (1, 8, 2, 1),
+        (7, 8, 2, 7),
+        (72, 8, 2, 8),
+        (72, 8, 64, 72),
+        (654, 8, 2, 21),
+        (20, 8, 0, 1),
+        (72, 8, 0.5, 3),
+        (72, 128, 2, 36),
+    ],
 )
-def test_tasks_are_few_but_enough_for_all_cores(chunks: int, cpus: float, tasks: int) -> None:
-    assert num_tasks(chunks, cpus) == tasks
+def test_tasks_are_few_but_enough_for_all_cores(
+    chunks: int, mib: int, cpus: float, tasks: int
+) -> None:
+    assert num_tasks(chunks, mib * 2**20, cpus) == tasks
 
 
 def test_storage_that_is_a_file_is_named(chunk: tuple[Storage, Chunk, np.ndarray]) -> None:
