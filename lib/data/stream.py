@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,12 +18,8 @@ from lib.errors import DataError
 from lib.storage import Storage
 
 WINDOW_BYTES = 64 * 2**20
-"""Pixels that are shuffled together; at most two windows are held."""
-
-
-_NUM_BUFFERS = 3
-_UNHELD = 3
-"""References to a buffer that only its list has, while they are counted."""
+"""Pixels that are shuffled together; two windows are held, a third while a batch of it is."""
+_MOST_FREE = 2
 
 IN_MEMORY_BYTES = 2**30
 """Pixels of a split up to which trials hold it; a constant, since the order of training, and so
@@ -143,9 +139,7 @@ def _places(num_rows: int, seed: int) -> npt.NDArray[np.int64]:
 
 
 class _Buffers:
-    """Memory of windows, used again once nobody holds it: new pages cost a tenth of a read.
-
-    Three: one is read into, one is given out, and of the one before a last batch may be in use.
+    """Memory of windows, used again once no batch is in it: new pages cost a tenth of a read.
 
     Args:
         num_bytes: Of a window; one of a single shard may be larger.
@@ -154,19 +148,29 @@ class _Buffers:
 
     def __init__(self, num_bytes: int, width: int) -> None:
         self._rows = num_bytes // width
-        self._width = width
-        self._made: list[npt.NDArray[np.void]] = []
+        # An image as one value of many bytes: NumPy then places it by one copy.
+        self._dtype = np.dtype(f"V{width}")
+        self._free: list[npt.NDArray[np.void]] = []
 
     def take(self, rows: int) -> npt.NDArray[np.void]:
         """Return room for so many rows."""
-        self._rows = max(self._rows, rows)
-        # Of a batch that is still held, its window is the base.
-        for buffer in self._made:
-            if sys.getrefcount(buffer) == _UNHELD and len(buffer) >= rows:
-                return buffer[:rows]
-        # An image as one value of many bytes: NumPy then places it by one copy.
-        self._made = [*self._made, np.empty(self._rows, dtype=f"V{self._width}")][-_NUM_BUFFERS:]
-        return self._made[-1][:rows]
+        memory = self._free.pop() if self._free else None
+        if memory is None or len(memory) < rows:
+            memory = np.empty(max(self._rows, rows), dtype=self._dtype)
+        holder = _Holder(memory)
+        weakref.finalize(holder, self._give_back, memory).atexit = False
+        return np.asarray(holder)[:rows]
+
+    def _give_back(self, memory: npt.NDArray[np.void]) -> None:
+        if len(self._free) < _MOST_FREE:
+            self._free.append(memory)
+
+
+class _Holder:
+    """What all arrays in a window's memory refer to; it goes with the last of them."""
+
+    def __init__(self, memory: npt.NDArray[np.void]) -> None:
+        self.__array_interface__ = memory.__array_interface__
 
 
 def _cut(left: Batch | None, window: Batch, size: int) -> Iterator[Batch]:
