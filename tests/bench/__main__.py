@@ -128,7 +128,7 @@ def _minutes(chosen: list[str], options: Any) -> float:
     seconds = {
         "ingest": 20 + 5 * 4,
         "training": 420 + max(5, options.rounds) * 35,
-        "search": 40 + options.rounds * 100,
+        "search": 100 + options.rounds * 340,
         "soak": 60 + options.seconds,
         "autoscaling": 60 + 5 * options.seconds,
         "backpressure": 60 + 4 * (options.seconds + 2),
