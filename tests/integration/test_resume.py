@@ -168,7 +168,10 @@ def test_a_trials_process_is_killed(settings: Settings, storage: Storage) -> Non
 
 def test_the_node_is_killed(settings: Settings, storage: Storage) -> None:
     place = tempfile.mkdtemp(prefix="rl-", dir="/tmp")
-    driver = start_driver(storage, settings.mlflow_uri, "local", TINY_RAY_DIR=place)
+    # Epochs so long that trials are still to come when Ray has noticed.
+    driver = start_driver(
+        storage, settings.mlflow_uri, "local", TINY_RAY_DIR=place, TINY_EPOCH_S="0.8"
+    )
     try:
         wait_until(lambda: num_ended(storage) >= 3 or driver.poll() is not None)
         for process in psutil.Process(driver.pid).children(recursive=True):
