@@ -220,8 +220,8 @@ PRESETS: dict[str, Preset] = {
             # 170,626 and 9,196 parameters: both ends of the Pareto front have a start. A net so
             # small has little to spare for being regularised: of 10,000 held-out images 63 were
             # wrong with this augmentation, 75 with half of it, 64 with half as much again (two
-            # seeds each). The third has 298,922, and the time
-            # for them where the processor multiplies bfloat16.
+            # seeds each). The third has 298,922, and the time for them where the processor
+            # multiplies bfloat16.
             first_guesses=(
                 {"stage_width": 24, "depth": 2, "growth": 4, "augmentation": 0.75},
                 {

@@ -20,7 +20,7 @@ from lib.storage import Storage
 WINDOW_BYTES = 64 * 2**20
 """Pixels that are shuffled together; two windows are held, a third while a batch of it is."""
 _MOST_FREE = 2
-
+"""Windows' memory that waits to be used again."""
 IN_MEMORY_BYTES = 2**30
 """Pixels of a split up to which trials hold it; a constant, since the order of training, and so
 the bits of a model that is rebuilt, depend on it."""

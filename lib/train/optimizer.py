@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ class NesterovSGD:
     def __init__(
         self, groups: Sequence[tuple[Sequence[Parameter], float]], *, momentum: float
     ) -> None:
-        self._groups = [(list(parameters), weight_decay) for parameters, weight_decay in groups]
+        self._groups: list[tuple[list[Tensor], float]] = [
+            (list(parameters), weight_decay) for parameters, weight_decay in groups
+        ]
         self._momentum = momentum
         self._buffers: list[list[Tensor | None]] = [[None] * len(p) for p, _ in self._groups]
 
@@ -33,10 +35,10 @@ class NesterovSGD:
     def step(self, learning_rate: float) -> None:
         """Change the parameters by their gradients, and forget those."""
         for (parameters, weight_decay), buffers in zip(self._groups, self._buffers, strict=True):
-            gradients = [p.grad for p in parameters if p.grad is not None]
             sgd(
-                list(parameters),
-                gradients,
+                parameters,
+                # All have one after a step back through the whole net.
+                [cast(Tensor, parameter.grad) for parameter in parameters],
                 buffers,
                 fused=True,
                 weight_decay=weight_decay,
