@@ -146,7 +146,7 @@ def _importance(experiment: Experiment, trials: Sequence[TrialState], step: str)
 def _confusion(
     experiment: Experiment, results: Sequence[Drawn], confusion: Confusion
 ) -> Figure | None:
-    best = pictures.best_of(results, experiment.objective)
+    best = pictures.best_of(results, experiment.objectives)
     counted = confusion() if best is not None else None
     if best is None or counted is None:
         return None

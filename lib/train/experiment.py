@@ -7,7 +7,7 @@ are Katib's, which are the field's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,10 @@ Value = float | int | str
 
 NUM_PARAMETERS = "num_parameters"
 """Metric: the size of a net."""
+LATENCY_MS = "latency_ms"
+"""Metric: milliseconds that the exported net takes for one image, on one thread of a CPU."""
+CONSTANT_METRICS = (NUM_PARAMETERS, LATENCY_MS)
+"""Metrics of Rayline's nets that training does not change."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +41,8 @@ class Objective:
     """A trial's last report is its result, not its best one."""
     settles: bool = True
     """Whether a target that a report has reached stays reached, whatever the trial reports next."""
+    constant: bool = False
+    """Whether all reports of a trial have the same value: it can't tell its epochs apart."""
 
     def __post_init__(self) -> None:
         """Refuse a goal that is neither."""
@@ -99,7 +105,7 @@ class Experiment:
 
     name: str
     objectives: tuple[Objective, ...]
-    """The first one ranks trials and is compared at rungs; with more, the Pareto front counts."""
+    """They rank trials, the first one foremost; with more than one, the Pareto front counts."""
     parameters: tuple[Parameter, ...]
     algorithm: Named
     early_stopping: Named | None = None
@@ -121,6 +127,12 @@ class Experiment:
         """Check the limits that a search relies on."""
         if not self.objectives:
             raise ConfigError(f"experiment {self.name}: it needs an objective")
+        if all(objective.constant for objective in self.objectives):
+            metrics = " and ".join(objective.metric for objective in self.objectives)
+            raise ConfigError(
+                f"experiment {self.name}: training does not change {metrics}, so no epoch of a "
+                "trial is its best one; add an objective that it changes, such as val_accuracy"
+            )
         if self.num_trials < 1:
             raise ConfigError(f"experiment {self.name}: num_trials={self.num_trials} must be ≥ 1")
         if self.num_parallel is not None and self.num_parallel < 1:
@@ -154,5 +166,18 @@ class Experiment:
 
     @property
     def objective(self) -> Objective:
-        """The objective that ranks trials."""
-        return self.objectives[0]
+        """The objective by which reports are compared, within a trial and at rungs."""
+        return varying(self.objectives)
+
+
+def varying(objectives: Sequence[Objective]) -> Objective:
+    """Return the first objective that training changes."""
+    return next(objective for objective in objectives if not objective.constant)
+
+
+def rank_key(objectives: Sequence[Objective], metrics: Mapping[str, float]) -> tuple[float, ...]:
+    """Return what sorts results best first: by the first objective, if equal by the next."""
+    return tuple(
+        -metrics[each.metric] if each.goal == MAXIMIZE else metrics[each.metric]
+        for each in objectives
+    )

@@ -17,6 +17,7 @@ from lib.train.collector import Strategy
 from lib.train.command import CommandTemplate
 from lib.train.experiment import (
     CATEGORICAL,
+    CONSTANT_METRICS,
     DISCRETE,
     DOUBLE,
     INT,
@@ -159,7 +160,9 @@ def _for_rayline(file: KatibExperiment) -> KatibSearch:
         experiment=replace(
             experiment,
             objectives=tuple(
-                replace(each, metric=rayline_metric(each.metric)) for each in experiment.objectives
+                replace(each, metric=metric, constant=metric in CONSTANT_METRICS)
+                for each in experiment.objectives
+                for metric in [rayline_metric(each.metric)]
             ),
             additional_metrics=tuple(map(rayline_metric, experiment.additional_metrics)),
             parameters=parameters,

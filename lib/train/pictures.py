@@ -32,7 +32,7 @@ from lib.train.axes import (
     value_axis,
     wrapped,
 )
-from lib.train.experiment import MAXIMIZE, Objective, Parameter, Value
+from lib.train.experiment import MAXIMIZE, Objective, Parameter, Value, rank_key
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +64,7 @@ def curves(trials: Sequence[Drawn], objective: Objective, x_name: str = "epoch")
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = new_figure(7.2, 4.2)
-    best = best_of(trials, objective)
+    best = best_of(trials, (objective,))
     alpha = max(0.35, min(0.8, 8 / max(1, len(trials))))
     # One entry of the legend stands for all trials of a kind; the best one is drawn on top.
     kinds = ((True, MUTED, "others, stopped early"), (False, _BLUE, "others, to the end"))
@@ -253,11 +253,10 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def best_of(trials: Sequence[Drawn], objective: Objective) -> Drawn | None:
+def best_of(trials: Sequence[Drawn], objectives: Sequence[Objective]) -> Drawn | None:
     """Return the trial with the best result, the earlier one if equal; None if none left one."""
-    sign = -1 if objective.goal == MAXIMIZE else 1
     with_result = [trial for trial in trials if trial.metrics]
-    key = lambda t: (sign * t.metrics[objective.metric], t.number)  # noqa: E731
+    key = lambda t: (rank_key(objectives, t.metrics), t.number)  # noqa: E731
     return min(with_result, key=key, default=None)
 
 

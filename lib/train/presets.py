@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from lib.config import Preset
 from lib.errors import ConfigError
 from lib.train.experiment import (
+    CONSTANT_METRICS,
     DISCRETE,
     DOUBLE,
+    LATENCY_MS,
     LOG_UNIFORM,
     MAXIMIZE,
     MINIMIZE,
@@ -24,7 +26,7 @@ GOALS = {
     "val_accuracy": MAXIMIZE,
     "val_loss": MINIMIZE,
     NUM_PARAMETERS: MINIMIZE,
-    "latency_ms": MINIMIZE,
+    LATENCY_MS: MINIMIZE,
 }
 """What a search can be for, by metric of a trial."""
 _GRID_POINTS = 3
@@ -40,8 +42,8 @@ def preset_experiment(
 ) -> Experiment:
     """Return the search that a preset stands for, by a sampler and a scheduler of these names.
 
-    Trials are ranked, and stopped early, by the first objective. Raises ConfigError for a metric
-    that is none of `GOALS`.
+    Trials are ranked by the objectives in their order, and stopped early by the first one that
+    training changes. Raises ConfigError for a metric that is none of `GOALS`.
     """
     parameters = search_space(preset)
     if sampler == "grid":
@@ -68,7 +70,10 @@ def _objectives(metrics: Sequence[str]) -> tuple[Objective, ...]:
             f"objectives {', '.join(metrics) or 'none'}: give one or more of {', '.join(GOALS)}, "
             "each once, the one to rank by first"
         )
-    return tuple(Objective(metric=metric, goal=GOALS[metric]) for metric in metrics)
+    return tuple(
+        Objective(metric=metric, goal=GOALS[metric], constant=metric in CONSTANT_METRICS)
+        for metric in metrics
+    )
 
 
 def search_space(preset: Preset) -> tuple[Parameter, ...]:

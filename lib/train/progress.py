@@ -17,6 +17,7 @@ from lib.train.experiment import (
     NUM_PARAMETERS,
     Experiment,
     Objective,
+    rank_key,
 )
 from lib.train.journal import Event, Journal
 
@@ -43,7 +44,7 @@ class TrialState:
     epoch: int = 0
     """Of the last report."""
     curve: list[tuple[int, float]] = field(default_factory=list)
-    """Epoch and first objective of every report."""
+    """Epoch of every report, and the objective that training changes."""
     best: dict[str, float] = field(default_factory=dict)
     """All metrics of the report with the best objective, or of the last one if that counts."""
     best_epoch: int = 0
@@ -64,6 +65,7 @@ class Progress:
         """Told of every new event."""
         self._journal = journal
         self._objective = experiment.objective
+        self._objectives = experiment.objectives
         self._by_attempt: dict[str, TrialState] = {}
         self.best: TrialState | None = None
         """The trial that ended with the best objective so far."""
@@ -96,14 +98,13 @@ class Progress:
         return [trial for trial in self.trials.values() if trial.ended is None]
 
     def ranked(self) -> list[TrialState]:
-        """Return the trials that left a result, best objective first, the earlier one if equal."""
+        """Return the trials that left a result, the best one first, the earlier one if equal."""
         found = [
             trial
             for trial in self.trials.values()
             if trial.best and trial.ended in (FINISHED, STOPPED, CUT)
         ]
-        sign = -1 if self._objective.goal == MAXIMIZE else 1
-        return sorted(found, key=lambda t: (sign * t.best[self._objective.metric], t.number))
+        return sorted(found, key=lambda t: (rank_key(self._objectives, t.best), t.number))
 
     def _apply(self, event: Event) -> None:
         kind = event["event"]
@@ -133,8 +134,8 @@ class Progress:
             trial.ended, trial.why = event["how"], event["why"]
             self.num_failed += trial.ended == FAILED
             if trial.best and trial.ended != FAILED:
-                best = self.best
-                if best is None or better(self._objective, trial.best, best.best):
+                key, best = rank_key(self._objectives, trial.best), self.best
+                if best is None or key < rank_key(self._objectives, best.best):
                     self.best = trial
         elif kind == RUN:
             trial.run_id = event["run_id"]
@@ -147,14 +148,9 @@ class Progress:
             trial.rungs.append((trial.epoch, event["rung"], event["metrics"]))
         objective, metrics = self._objective, event["metrics"]
         trial.curve.append((trial.epoch, metrics[objective.metric]))
-        if not trial.best or objective.by_last or better(objective, metrics, trial.best):
+        key = rank_key((objective,), metrics)
+        if not trial.best or objective.by_last or key < rank_key((objective,), trial.best):
             trial.best, trial.best_epoch = metrics, trial.epoch
-
-
-def better(objective: Objective, these: Mapping[str, float], those: Mapping[str, float]) -> bool:
-    """Whether these metrics are better than those."""
-    this, that = these[objective.metric], those[objective.metric]
-    return this > that if objective.goal == MAXIMIZE else this < that
 
 
 def reached(objective: Objective, metrics: Mapping[str, float]) -> bool:
@@ -170,9 +166,7 @@ def traded_off(experiment: Experiment, trials: Sequence[TrialState]) -> tuple[Ob
     objectives = experiment.objectives
     if len(objectives) > 1 or not all(NUM_PARAMETERS in trial.best for trial in trials):
         return objectives
-    if objectives[0].metric == NUM_PARAMETERS:
-        return objectives
-    return (*objectives, Objective(metric=NUM_PARAMETERS, goal=MINIMIZE))
+    return (*objectives, Objective(metric=NUM_PARAMETERS, goal=MINIMIZE, constant=True))
 
 
 def pareto_front(objectives: Sequence[Objective], trials: Sequence[TrialState]) -> list[TrialState]:

@@ -164,8 +164,8 @@ class SweepReport(tune.Callback):
             say(
                 "tune",
                 f"{self._name(state)} ended after epoch {state.epoch} ({why}): "
-                f"{self._objective(state.best)} at epoch {state.best_epoch}; best so far "
-                f"{self._objective(best.best)}",
+                f"{self._objectives(state.best)} at epoch {state.best_epoch}; best so far "
+                f"{self._objectives(best.best)}",
             )
 
     def _add(self, kind: str, **content: Any) -> None:
@@ -184,8 +184,8 @@ class SweepReport(tune.Callback):
     def _name(self, state: TrialState) -> str:
         return f"trial {state.number + 1}/{self._study.num_trials}"
 
-    def _objective(self, metrics: Mapping[str, float]) -> str:
-        return _told(self._experiment.objective.metric, metrics)
+    def _objectives(self, metrics: Mapping[str, float]) -> str:
+        return ", ".join(_told(each.metric, metrics) for each in self._experiment.objectives)
 
     def _line(self, metrics: Mapping[str, float]) -> str:
         first = [objective.metric for objective in self._experiment.objectives]

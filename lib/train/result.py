@@ -69,7 +69,7 @@ def trial_result(experiment: Experiment, trial: TrialState) -> TrialResult:
     return TrialResult(
         number=trial.number,
         run_id=trial.run_id or "",
-        value=trial.best[experiment.objective.metric],
+        value=trial.best[experiment.objectives[0].metric],
         metrics=trial.best,
         epoch=trial.best_epoch,
         params=trial.params,

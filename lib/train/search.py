@@ -62,7 +62,17 @@ def run_sweep(
         storage,
         name=experiment.name,
         manifest=work.manifest,
-        tags={**work.tags, "rayline.seed": str(experiment.seed), "rayline.num_threads": "1"},
+        tags={
+            **work.tags,
+            "rayline.seed": str(experiment.seed),
+            "rayline.num_threads": "1",
+            "rayline.objectives": json.dumps(
+                [
+                    {"metric": o.metric, "goal": o.goal, "constant": o.constant}
+                    for o in experiment.objectives
+                ]
+            ),
+        },
         facts={
             "sampler": sampler_name(experiment.algorithm.name),
             "scheduler": scheduler.name,
@@ -186,7 +196,7 @@ def _run(
             look_up=resumed,
         )
         feed.start(record, journal.events)
-        reported = SweepGauges(gauges, sweep.run_id, experiment.objective, progress)
+        reported = SweepGauges(gauges, sweep.run_id, experiment.objectives[0], progress)
         progress.listeners.append(reported.noted)
         journal.events = []
         if resumed:

@@ -14,7 +14,7 @@ from ray import tune
 
 from lib.errors import SearchError, StorageError
 from lib.storage import Storage
-from lib.train.experiment import MAXIMIZE, Objective
+from lib.train.experiment import Objective, rank_key, varying
 
 FAILED = "rayline_failed"
 """In a report: why the trial failed. It has no metrics then."""
@@ -42,7 +42,7 @@ class Desk:
     folder: str
     """Relative to the storage root; a trial has a folder of its own below it."""
     objectives: tuple[Objective, ...]
-    """What every report must hold; by the first one the best report is told."""
+    """What every report must hold; the first one that training changes tells the best report."""
     rungs: tuple[int, ...] = ()
     """Epochs at which trials are comparable; none: at every report."""
     rung_counts: tuple[int, ...] = ()
@@ -63,7 +63,7 @@ class _Standing:
     num_reports: int = 0
     epoch: int = 0
     best: float | None = None
-    """First objective of the best report, or of the last one if that counts."""
+    """Objective of the best report, or of the last one if that counts."""
 
 
 class SweepTrial(tune.Trainable):
@@ -84,9 +84,9 @@ class SweepTrial(tune.Trainable):
     - `load(state)`: called after `begin` where there is such a state.
     - `artifacts(is_best)`: files, by name, that belong on the trial's run in MLflow and are to be
       kept with this report; a later file replaces one of the same name. `is_best` tells whether
-      no earlier report of the trial had as good a first objective; it is called once more, with
-      False, when a trial fails or ends with nothing new. Where on the run each name goes is the
-      `Work`'s to say.
+      no earlier report of the trial was as good by the first objective that training changes; it
+      is called once more, with False, when a trial fails or ends with nothing new. Where on the
+      run each name goes is the `Work`'s to say.
     - `end()`: the trial is over, early or not; the last call before the next `begin`.
 
     An exception from `begin`, `load` or `advance` fails this trial, with its text as the reason,
@@ -240,11 +240,13 @@ class SweepTrial(tune.Trainable):
         if REPORT not in report:
             self._keep_files(is_best=False)
             return
-        objective = self._desk.objectives[0]
-        value = float(report[objective.metric])
-        sign = 1 if objective.goal == MAXIMIZE else -1
-        best = self._standing.best
-        is_best = best is None or objective.by_last or sign * value > sign * best
+        objective = varying(self._desk.objectives)
+        value, best = float(report[objective.metric]), self._standing.best
+        is_best = (
+            best is None
+            or objective.by_last
+            or rank_key((objective,), report) < rank_key((objective,), {objective.metric: best})
+        )
         self._standing.best = value if is_best else best
         self._keep_files(is_best)
         state = None if report["done"] else self.state()

@@ -15,7 +15,7 @@ from lib.data.manifest import Manifest
 from lib.storage import Storage
 from lib.train.augment import Augmentation
 from lib.train.environment import describe
-from lib.train.experiment import NUM_PARAMETERS
+from lib.train.experiment import LATENCY_MS, NUM_PARAMETERS
 from lib.train.exported import exported_latency_ms
 from lib.train.loop import Examples, Stream, TrainConfig, Trainer
 from lib.train.model import ConvNet, ModelConfig
@@ -24,8 +24,6 @@ from lib.train.trainable import SweepTrial
 
 MODEL_FILE = "model.pt"
 """Of what a trial keeps: the net of its best epoch."""
-LATENCY_MS = "latency_ms"
-"""Metric: milliseconds that the exported net takes for one image, on one thread of a CPU."""
 _CONFUSION_BATCH = 500
 
 

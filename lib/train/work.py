@@ -17,12 +17,12 @@ from lib.registry.trials import CHECKPOINT_PATH
 from lib.storage import Storage
 from lib.train.command import CommandTemplate
 from lib.train.command_trial import LOG_FILE, CommandTrial
-from lib.train.experiment import Experiment, Value
+from lib.train.experiment import LATENCY_MS, Experiment, Value
 from lib.train.presets import first_guesses, search_space
 from lib.train.resources import Room, TrialResources, asked_resources, trial_resources
 from lib.train.streamed import StreamedExamples
 from lib.train.trainable import SweepTrial
-from lib.train.trial import LATENCY_MS, MODEL_FILE, Trial, confusion, examples
+from lib.train.trial import MODEL_FILE, Trial, confusion, examples
 
 IMAGES, COMMAND = "images", "command"
 

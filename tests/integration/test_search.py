@@ -23,12 +23,18 @@ from lib.registry.sweep_runs import PACKAGES, start_sweep
 from lib.registry.tracking import SweepRecord
 from lib.registry.trials import CHECKPOINT_PATH, ranked_trials
 from lib.storage import Storage
-from lib.train.experiment import DISCRETE, MAXIMIZE, MINIMIZE, Experiment, Objective, Parameter
+from lib.train.experiment import (
+    DISCRETE,
+    LATENCY_MS,
+    MAXIMIZE,
+    MINIMIZE,
+    Experiment,
+    Parameter,
+)
 from lib.train.model import ConvNet, ModelConfig
 from lib.train.presets import first_guesses, preset_experiment, search_space
 from lib.train.resources import trial_resources
 from lib.train.search import SweepResult, run_sweep
-from lib.train.trial import LATENCY_MS
 from lib.train.work import image_work
 from tests.data_sources import idx_files, write_files
 from tests.sweeps import NUM_EPOCHS, tiny_experiment, tiny_work
@@ -276,21 +282,33 @@ def test_every_scheduler_drives_real_trials(
     assert result.num_observations == 4
 
 
-def test_size_and_latency_can_be_searched_too(
+def test_size_and_latency_can_be_searched_first(
     data: Data, settings: Settings, client: MlflowClient
 ) -> None:
-    preset = replace(PRESET, num_trials=3, rungs=(1,), widths=(8, 24))
-    experiment = replace(
-        preset_experiment(preset, scheduler="none"),
-        objectives=(
-            Objective(metric="val_accuracy", goal=MAXIMIZE),
-            Objective(metric="num_parameters", goal=MINIMIZE),
-            Objective(metric=LATENCY_MS, goal=MINIMIZE),
-        ),
-    )
-    result = sweep(data, settings, preset, experiment)
-    front = {trial.number for trial in result.pareto}
-    fastest = min(result.trials, key=lambda trial: trial.metrics[LATENCY_MS])
-    assert {result.trials[0].number, fastest.number} <= front
+    names = ("num_parameters", LATENCY_MS, "val_accuracy")
+    preset = replace(PRESET, num_trials=4, rungs=(1, 3), widths=(8, 24))
+    result = sweep(data, settings, preset, preset_experiment(preset, objectives=names))
+    points = {}
+    for trial in result.trials:
+        curve = client.get_metric_history(trial.run_id, "val_accuracy")
+        best = max(point.value for point in curve)
+        assert trial.metrics["val_accuracy"] == best
+        assert trial.epoch == min(point.step for point in curve if point.value == best)
+        points[trial.number] = [trial.metrics[name] for name in names]
+    assert [t.value for t in result.trials] == sorted(p[0] for p in points.values())
+    front = {
+        number
+        for number, (size, ms, accuracy) in points.items()
+        if not any(
+            a <= size and b <= ms and c >= accuracy and (a, b, c) != (size, ms, accuracy)
+            for a, b, c in points.values()
+        )
+    }
+    assert {trial.number for trial in result.pareto} == front
     (parent,), _ = sweeps_and_trials(client, settings)
     assert parent.data.metrics["pareto_trials"] == len(front)
+    assert json.loads(parent.data.tags["rayline.objectives"]) == [
+        {"metric": "num_parameters", "goal": MINIMIZE, "constant": True},
+        {"metric": LATENCY_MS, "goal": MINIMIZE, "constant": True},
+        {"metric": "val_accuracy", "goal": MAXIMIZE, "constant": False},
+    ]

@@ -68,3 +68,6 @@ def test_a_search_may_have_several_objectives_of_those_that_a_trial_reports() ->
     for wrong in (("speed",), ("val_loss", "val_loss"), ("",)):
         with pytest.raises(ConfigError, match="give one or more of val_accuracy, "):
             preset_experiment(PRESETS["smoke"], objectives=wrong)
+    for constant in (("num_parameters",), ("latency_ms", "num_parameters")):
+        with pytest.raises(ConfigError, match="add an objective that it changes"):
+            preset_experiment(PRESETS["smoke"], objectives=constant)
