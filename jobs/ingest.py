@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "seconds": round(ingested.seconds, 3),
         "images_per_s": round(ingested.images_per_s),
         "reused": ingested.reused,
+        "ignored": [asdict(ignored) for ignored in ingested.ignored],
     }
 
 

@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -116,7 +117,9 @@ def build_manifest(
     sums = functools.reduce(operator.add, (result.sums for result in results))
     mean, square = sums.moments()
     return Manifest(
-        digest=content_digest(opened.shape, opened.class_names, split_digests, FORMAT_VERSION),
+        digest=content_digest(
+            opened.shape, opened.class_names, split_digests, FORMAT_VERSION, opened.grey_range
+        ),
         source=source.name,
         source_digests=dict(source.digests),
         height=opened.shape[0],
@@ -133,10 +136,12 @@ def build_manifest(
         preprocess=Preprocess(
             mode="L" if opened.shape[2] == 1 else "RGB",
             fill=_border_colour(sums),
+            grey_range=opened.grey_range,
         ),
         shards=tuple(shard for result in results for shard in result.shards),
         seed=config.seed,
         format_version=FORMAT_VERSION,
+        ignored=source.ignored,
     )
 
 
@@ -145,14 +150,17 @@ def content_digest(
     class_names: Sequence[str],
     split_digests: Mapping[str, str],
     format_version: int,
+    grey_range: tuple[int, int] | None,
 ) -> str:
     """Return what a data set with this content is called, however it came about."""
-    content = {
+    content: dict[str, Any] = {
         "shape": shape,
         "class_names": list(class_names),
         "splits": dict(split_digests),
         "format_version": format_version,
     }
+    if grey_range is not None:  # The same pixels, made of pictures that are scaled otherwise.
+        content["grey_range"] = grey_range
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

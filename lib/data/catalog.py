@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -62,6 +62,7 @@ def describe(storage: Storage, manifest: Manifest) -> dict[str, Any]:
         "pixel_mean": list(manifest.pixel_mean),
         "pixel_std": list(manifest.pixel_std),
         "source_digests": dict(manifest.source_digests),
+        "ignored": [asdict(ignored) for ignored in manifest.ignored],
         "ancestors": ancestors(manifest, [other.manifest for other in entries]),
         "children": [
             other.manifest.digest for other in entries if other.manifest.parent == manifest.digest

@@ -269,7 +269,11 @@ def _manifest(
     return replace(
         parent,
         digest=content_digest(
-            parent.shape, parent.class_names, split_digests, parent.format_version
+            parent.shape,
+            parent.class_names,
+            split_digests,
+            parent.format_version,
+            parent.preprocess.grey_range,
         ),
         source=source,
         source_digests={

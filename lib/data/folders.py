@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.fs as pafs
 
 from lib.data.checks import Labels, check_class_names, check_same_shape
+from lib.data.manifest import Ignored
 from lib.data.pictures import DECODE_ERRORS, MODE_CHANNELS, decode
 from lib.data.readers import PictureReader
 from lib.data.sources import (
@@ -39,6 +40,7 @@ class FolderSource:
     files: Mapping[str, tuple[tuple[str, int], ...]]
     """Split → (path, label), shuffled."""
     digests: Mapping[str, str]
+    ignored: tuple[Ignored, ...] = ()
 
     @classmethod
     def find(

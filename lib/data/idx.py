@@ -21,6 +21,7 @@ from lib.data.checks import (
     check_same_shape,
     parse_idx_header,
 )
+from lib.data.manifest import Ignored
 from lib.data.readers import RawReader, Shape
 from lib.data.sources import (
     CLASSES_FILE,
@@ -48,6 +49,7 @@ class IdxSource:
     files: Mapping[tuple[str, str], str]
     """(split, `images` or `labels`) → file name."""
     digests: Mapping[str, str]
+    ignored: tuple[Ignored, ...] = ()
 
     @classmethod
     def find(cls, root: Storage, *, name: str, requires_sums: bool = False) -> IdxSource:

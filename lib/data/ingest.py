@@ -30,7 +30,7 @@ from lib.data.assemble import (
 )
 from lib.data.checks import ROW_ID_BYTES, RowIds
 from lib.data.execution import quiet_ray_data
-from lib.data.manifest import FORMAT_VERSION, SPLITS, Manifest, manifest_path
+from lib.data.manifest import FORMAT_VERSION, SPLITS, Ignored, Manifest, manifest_path
 from lib.data.shards import Chunk, ChunkResult, ShardWriter, chunk_ranges, chunk_rows, num_tasks
 from lib.data.sources import Opened, Source, find_source
 from lib.data.staging import Staging, check_free_space
@@ -39,6 +39,8 @@ from lib.storage import Storage
 
 __all__ = ["IngestConfig", "Ingested", "ingest", "ingest_source", "missing_shards"]
 
+_READ_VERSION = 2
+"""Raised when sources are read differently, so that they are read again."""
 _BEST_COMPRESSION = 20
 """Free space is asked for as if images shrank so much: a disk that surely is too small."""
 
@@ -50,6 +52,8 @@ class Ingested:
     manifest: Manifest
     reused: bool
     """Whether it was there already."""
+    ignored: tuple[Ignored, ...]
+    """What lies in the source and is not used, also where the data set was there already."""
     seconds: float
 
     @property
@@ -75,11 +79,18 @@ def ingest_source(
     """
     started_s = time.monotonic()
     source = find_source(source_spec, cache_dir=cache_dir)
+    for ignored in source.ignored:
+        progress("ingest", f"ignored: {ignored.count} ({ignored.example}): {ignored.reason}")
     key_path = f"data/sources/{_source_key(source, config)}.json"
     known = _known(storage, key_path)
     if known is not None:
         progress("ingest", f"data set {known.digest[:12]} is there already, made of {known.source}")
-        return Ingested(manifest=known, reused=True, seconds=time.monotonic() - started_s)
+        return Ingested(
+            manifest=known,
+            reused=True,
+            ignored=source.ignored,
+            seconds=time.monotonic() - started_s,
+        )
     progress("ingest", f"reading {source.name} ({len(source.digests)} files or folders hashed)")
     with Staging(storage) as staging:
         opened = source.open(staging)
@@ -94,7 +105,12 @@ def ingest_source(
     storage.write_json(key_path, {"digest": manifest.digest})
     verb = "is there already" if reused else "published"
     progress("ingest", f"data set {manifest.digest[:12]} {verb}")
-    return Ingested(manifest=manifest, reused=reused, seconds=time.monotonic() - started_s)
+    return Ingested(
+        manifest=manifest,
+        reused=reused,
+        ignored=source.ignored,
+        seconds=time.monotonic() - started_s,
+    )
 
 
 def _source_key(source: Source, config: IngestConfig) -> str:
@@ -102,6 +118,7 @@ def _source_key(source: Source, config: IngestConfig) -> str:
         "digests": dict(source.digests),
         "config": asdict(config),
         "format_version": FORMAT_VERSION,
+        "read_version": _READ_VERSION,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 

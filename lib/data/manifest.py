@@ -28,6 +28,28 @@ class Preprocess:
     """Pillow mode: `L` for one channel, `RGB` for three."""
     fill: tuple[int, ...]
     """Per channel, 0–255: the colour put beside a picture of another aspect ratio."""
+    grey_range: tuple[int, int] | None = None
+    """Values of 16-bit grey pictures that become 0 and 255; None: all 16 bits, 0 and 65535."""
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Preprocess:
+        """Rebuild from JSON."""
+        grey_range = content.get("grey_range")
+        return cls(
+            mode=content["mode"],
+            fill=tuple(content["fill"]),
+            grey_range=(grey_range[0], grey_range[1]) if grey_range else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ignored:
+    """Files or folders of a source that are no part of the data set, all for one reason."""
+
+    reason: str
+    count: int
+    example: str
+    """The first of them, relative to the source."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +93,8 @@ class Manifest:
     """Digest of the data set that this one extends."""
     live_shards: tuple[str, ...] = ()
     """Paths of the train and val shards, of all generations, whose rows were live requests."""
+    ignored: tuple[Ignored, ...] = ()
+    """What lay in the source and was not used. No part of the digest, which names the content."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -102,10 +126,10 @@ class Manifest:
         fields["counts"] = {split: tuple(counts) for split, counts in fields["counts"].items()}
         fields["pixel_mean"] = tuple(fields["pixel_mean"])
         fields["pixel_std"] = tuple(fields["pixel_std"])
-        preprocess = fields["preprocess"]
-        fields["preprocess"] = Preprocess(mode=preprocess["mode"], fill=tuple(preprocess["fill"]))
+        fields["preprocess"] = Preprocess.from_json(fields["preprocess"])
         fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
         fields["live_shards"] = tuple(fields.get("live_shards", ()))
+        fields["ignored"] = tuple(Ignored(**ignored) for ignored in fields.get("ignored", ()))
         return cls(**fields)
 
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib.data.checks import Labels, check_class_names, check_labels, check_same_shape
+from lib.data.manifest import Ignored
 from lib.data.parquet_reader import IMAGE, ParquetReader, Piece, StagedReader, opened, pictures
 from lib.data.pictures import DECODE_ERRORS, MODE_CHANNELS, decode
 from lib.data.readers import RawReader, Reader, Shape
@@ -43,6 +44,7 @@ class ParquetSource:
     files: Mapping[str, tuple[str, ...]]
     """Split → paths, in order."""
     digests: Mapping[str, str]
+    ignored: tuple[Ignored, ...] = ()
     class_names: tuple[str, ...] | None
     """Given, or of `classes.txt`; else the labels themselves say."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lib.data.checks import Labels, check_class_names
+from lib.data.manifest import Ignored
 from lib.data.readers import Reader, Shape
 from lib.data.staging import Staging
 from lib.errors import DataError, StorageError
@@ -42,6 +43,8 @@ class Opened:
     class_names: tuple[str, ...]
     shape: Shape
     splits: tuple[SplitRows, ...]
+    grey_range: tuple[int, int] | None = None
+    """Least and greatest value of a set of 16-bit grey pictures, which become 0 and 255."""
 
 
 class Source(Protocol):
@@ -55,6 +58,11 @@ class Source(Protocol):
     @property
     def digests(self) -> Mapping[str, str]:
         """File (or folder of pictures) → SHA-256."""
+        ...
+
+    @property
+    def ignored(self) -> tuple[Ignored, ...]:
+        """What lies in the source and is not used."""
         ...
 
     def open(self, staging: Staging) -> Opened:

@@ -19,6 +19,7 @@ from lib.data.checks import (
     check_row_counts,
     check_same_shape,
 )
+from lib.data.manifest import Ignored
 from lib.data.readers import RawReader, Shape
 from lib.data.sources import Opened, SplitRows
 from lib.data.staging import Staging
@@ -39,6 +40,7 @@ class TorchvisionSource:
     labels: Mapping[str, Labels]
     class_names: tuple[str, ...]
     digests: Mapping[str, str]
+    ignored: tuple[Ignored, ...] = ()
 
     @classmethod
     def load(cls, set_name: str, *, cache_dir: Path) -> TorchvisionSource:

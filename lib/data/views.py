@@ -76,6 +76,7 @@ def show_set(storage: Storage, manifest: Manifest, pictures: Path | None) -> dic
                 for mean, std in zip(manifest.pixel_mean, manifest.pixel_std, strict=True)
             ),
             "size": f"{size(content['bytes'])} in {len(manifest.shards)} shards",
+            "ignored": "; ".join(f"{i.count:,}: {i.reason}" for i in manifest.ignored) or "nothing",
             "made of": " ← ".join(d[:_SHORT] for d in content["ancestors"]) or "a source alone",
             "children": ", ".join(d[:_SHORT] for d in content["children"]) or "none",
         }

@@ -124,7 +124,11 @@ def _load(file: Path, version: Version) -> dict[str, Any]:
 def _check_data(storage: Storage, version: Version) -> Manifest:
     manifest = load_manifest(storage, version.data_digest)
     digest = content_digest(
-        manifest.shape, manifest.class_names, manifest.split_digests, manifest.format_version
+        manifest.shape,
+        manifest.class_names,
+        manifest.split_digests,
+        manifest.format_version,
+        manifest.preprocess.grey_range,
     )
     if digest != version.data_digest:
         raise DataError(

@@ -59,9 +59,7 @@ class Card:
         """Rebuild a card from its JSON."""
         fields = dict(content)
         fields["class_names"] = tuple(fields["class_names"])
-        fields["preprocess"] = Preprocess(
-            mode=fields["preprocess"]["mode"], fill=tuple(fields["preprocess"]["fill"])
-        )
+        fields["preprocess"] = Preprocess.from_json(fields["preprocess"])
         return cls(**fields)
 
 

@@ -41,7 +41,7 @@ def write_set(
         for split, found in splits.items()
     }
     made = Manifest(
-        digest=content_digest(shape, class_names, digests, FORMAT_VERSION),
+        digest=content_digest(shape, class_names, digests, FORMAT_VERSION, None),
         source="made",
         source_digests={},
         height=shape[0],
