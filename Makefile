@@ -2,7 +2,7 @@
 #   make up DATA=my-images PRESET=quick MODEL=name
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test drill nodes bench lint audit train rollout rollback rayservice image push
+.PHONY: help up down programs test drill nodes bench lint audit train rollout rollback rayservice image push
 SHELL := /bin/bash
 BIN := .venv/bin
 # What CI may be told by others (WHY, VERSION, …) stays in the shell: make would run what is in it.
@@ -19,13 +19,16 @@ up: .venv/.installed ## bring the whole line up: DATA=folder, PRESET=smoke|quick
 down: .venv/.installed ## end everything that `make up` started; models, data and runs stay
 	@$(BIN)/python -m jobs.down
 
-test: lint ## all tests: unit, integration, end to end
+programs: .venv/.installed
+	@$(BIN)/python -m tests.programs
+
+test: programs lint ## all tests: unit, integration, end to end; installs the system packages that they need
 	@$(BIN)/python -m pytest
 
-drill: lint ## what takes minutes a test: rollouts, kills in the middle of a sweep, Katib files
+drill: programs lint ## what takes minutes a test: rollouts, kills in the middle of a sweep, Katib files
 	@$(BIN)/python -m pytest -m long
 
-nodes: .venv/.installed ## as root: the line on three nodes and servers on this machine, and their loss
+nodes: programs ## as root: the line on three nodes and servers on this machine, and their loss
 	@$(BIN)/python -m pytest -m long tests/cluster
 
 lint: .venv/.installed ## what CI checks before the tests
@@ -60,7 +63,7 @@ push: ## that image as REGISTRY/rayline:TAG-DEVICE; a TAG v0.2.0 is written 0.2.
 	  image="$${image,,}/rayline:$${tag#v}-$${DEVICE:-cpu}"; \
 	  docker tag "rayline:$${DEVICE:-cpu}" "$$image" && docker push "$$image"
 
-bench: .venv/.installed ## tables of ingest, training, search and serving, with peers beside
+bench: programs ## tables of ingest, training, search and serving, with peers beside
 	@$(BIN)/python -m tests.bench
 
 # uv installs the pins in a sixth of pip's time; pip is there when uv can't run on a machine. Where

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
+
+from tests import programs
 
 START_S = 40.0
 WAIT_S = 30.0
@@ -189,17 +190,10 @@ class Browser:
             made.close()
 
 
-def executable() -> str | None:
-    """Return where Chromium is, None if it is not installed."""
-    found = (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
-    return next((path for path in found if path), None)
-
-
 @contextmanager
 def browser(folder: Path) -> Iterator[Browser]:
     """Start Chromium with a profile in a folder, and end it."""
-    program = executable()
-    assert program, "install chromium"
+    program = programs.require("chromium")
     command = [program, "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={folder}"]
     command += [
         "--no-first-run",

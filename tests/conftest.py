@@ -7,6 +7,10 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
+from tests import programs
+
 # Before any test imports Ray: it reads these once.
 _HOME = tempfile.mkdtemp(prefix="rayline-test-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
@@ -24,3 +28,14 @@ for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "RA
     os.environ.pop(name, None)
 with open(os.environ["RAY_AUTH_TOKEN_PATH"], "w") as token:
     token.write(os.urandom(32).hex())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the packages that tests were skipped for, in one line."""
+    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    packages = [p for p in programs.missing() if any(f"package {p}" in r for r in reasons)]
+    if packages:
+        terminalreporter.write_line(
+            f"tests were skipped for want of these Debian packages: {' '.join(packages)} "
+            f"(as root: apt-get install {' '.join(packages)})"
+        )

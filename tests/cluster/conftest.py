@@ -18,6 +18,7 @@ import pytest
 from lib.config import Settings
 from lib.line.layout import PROJECT_ROOT, Line
 from lib.serving.client import ServeClient
+from tests import programs
 from tests.cluster import nets, servers
 from tests.cluster.clusters import Cluster, clean_env
 from tests.e2e.conftest import MODEL, write_subset
@@ -84,8 +85,10 @@ def last_result(output: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    if reason := nets.why_not() or servers.why_not():
-        pytest.skip(f"several nodes on one machine: {reason}; .ci/run installs all of it")
+    for package in ("iproute2", "redis-server", "postgresql"):
+        programs.require(package)
+    if reason := nets.why_not():
+        pytest.skip(f"several nodes on one machine: {reason}")
     # Not below /tmp: each node has its own.
     folder = Path(tempfile.mkdtemp(prefix="rayline-cluster-", dir="/var/tmp"))
     folder.chmod(0o755)

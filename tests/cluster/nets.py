@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -154,8 +153,6 @@ def why_not() -> str | None:
     """Return why there can be no such machines here, None if there can."""
     if os.geteuid() != 0:
         return "network namespaces need root: run as root, or with sudo"
-    if shutil.which("ip") is None:
-        return "there is no `ip`: install iproute2"
     name = f"rl{os.getpid()}-try"
     try:
         ip("netns", "add", name)

@@ -6,7 +6,6 @@ network and S3's calls and no shared folder, not what it costs on a real one.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import socket
@@ -20,6 +19,7 @@ import psycopg2
 import requests
 
 from lib.line.parts import answers
+from tests import programs
 from tests.cluster.nets import Machine
 from tests.e2e.clients import until
 
@@ -41,17 +41,6 @@ class Servers:
     """How the store is reached: for nodes, MLflow, users."""
     await_mlflow: Callable[[], None]
     """It takes longest to start; nodes can come up meanwhile."""
-
-
-def why_not() -> str | None:
-    """Return what has to be installed, None if all is there."""
-    if shutil.which("redis-server") is None:
-        return "there is no redis-server: install redis-server"
-    if not _postgres().exists():
-        return "there is no PostgreSQL: install postgresql"
-    if importlib.util.find_spec("moto") is None:
-        return "there is no moto: it is among the pins, run `make lint`"
-    return None
 
 
 def start_servers(machine: Machine, folder: Path, env: Mapping[str, str]) -> Servers:
@@ -108,10 +97,8 @@ def start_servers(machine: Machine, folder: Path, env: Mapping[str, str]) -> Ser
 
 
 def _postgres() -> Path:
-    """Return PostgreSQL's folder of programs: Debian keeps them off the PATH."""
-    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    found = versions[-1] if versions else Path(shutil.which("initdb") or "/nowhere/initdb")
-    return found.parent
+    """Return PostgreSQL's folder of programs."""
+    return Path(programs.require("postgresql")).parent
 
 
 def _start_postgres(

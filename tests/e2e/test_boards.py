@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from lib.watch.prometheus import (
     read,
     source,
 )
+from tests import programs
 from tests.data_sources import mnist
 from tests.e2e.clients import post_all, until
 from tests.e2e.conftest import LiveLine
@@ -43,7 +43,7 @@ EMPTY_HERE = {
 
 @pytest.fixture(scope="module")
 def prometheus(line: LiveLine) -> Prometheus:
-    assert shutil.which("prometheus"), "install Debian's package `prometheus`"
+    programs.require("prometheus")
     # Ray's token is found by the environment, as in a shell that read the line's env file.
     os.environ.update(line.env)
     return Prometheus(line.env[PROMETHEUS_VARIABLE])

@@ -15,7 +15,8 @@ import pytest
 
 from lib.serving.keys import add_key
 from lib.storage import Storage
-from tests.browser import Browser, Page, browser, executable
+from tests import programs
+from tests.browser import Browser, Page, browser
 from tests.console_line import Served, publish_models, served, write_history
 from tests.unit.serving_parts import picture
 
@@ -83,8 +84,7 @@ class Console:
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if executable() is None:
-        pytest.skip("the console is tested in Chromium: install it (Debian package chromium)")
+    programs.require("chromium")
     with browser(tmp_path_factory.mktemp("chromium") / "profile") as made:
         yield made
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 
 from lib.watch import metrics
 from lib.watch.alerts import ALERTS, rules
+from tests import programs
 
 
 def test_alert_rules_are_a_file_that_prometheus_takes(tmp_path: Path) -> None:
@@ -20,16 +20,15 @@ def test_alert_rules_are_a_file_that_prometheus_takes(tmp_path: Path) -> None:
     assert [rule["alert"] for rule in written] == [alert.name for alert in ALERTS]
     assert len({rule["alert"] for rule in written}) == len(written)
     assert all(rule["annotations"]["description"] for rule in written)
-    if promtool := shutil.which("promtool"):
-        (tmp_path / "alerts.yml").write_text(rules())
-        checked = subprocess.run(
-            [promtool, "check", "rules", str(tmp_path / "alerts.yml")],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert checked.returncode == 0, checked.stderr
-        assert f"{len(ALERTS)} rules found" in checked.stdout
+    (tmp_path / "alerts.yml").write_text(rules())
+    checked = subprocess.run(
+        [programs.promtool(), "check", "rules", str(tmp_path / "alerts.yml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert f"{len(ALERTS)} rules found" in checked.stdout
 
 
 def series(name: str, labels: dict[str, str]) -> str:
@@ -95,9 +94,7 @@ _FIRE = {
 
 @pytest.mark.parametrize("name", _FIRE)
 def test_alerts_fire_for_what_is_wrong_and_for_nothing_else(tmp_path: Path, name: str) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        return  # Debian's package `prometheus` has it; without it there is no Prometheus either.
+    promtool = programs.promtool()
     severity = next(alert.severity for alert in ALERTS if alert.name == name)
     always = {"alertname": name, "alertstate": "firing", "severity": severity}
     case = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from lib.watch.panels import (
     filled,
     render,
 )
+from tests import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 # As Grafana publishes them: jsonschema/ of github.com/grafana/grafana-foundation-sdk at f178d5a,
@@ -119,9 +119,7 @@ def test_queries_ask_for_metrics_that_are_reported_and_for_nothing_unknown() -> 
 
 
 def test_prometheus_parses_every_query(tmp_path: Path) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        return  # Debian's package `prometheus` has it; without it there is no Prometheus either.
+    promtool = programs.promtool()
     exprs = [t.expr for board in DASHBOARDS for panel in board.panels() for t in panel.targets]
     rules = [
         {"record": f"panel:number_{index}", "expr": filled(expr)}
