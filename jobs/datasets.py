@@ -13,18 +13,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lib.cli import progress, run
-from lib.config import Settings
-from lib.data import views
-from lib.data.extend import ExtendConfig, extend
-from lib.data.manifest import load_manifest
-from lib.storage import Storage
-from lib.watch import predictions
-from lib.watch.labelled import labelled_requests
+from lib import cli
+
+if TYPE_CHECKING:
+    from lib.storage import Storage
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,41 +28,64 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parse(argv)
 
     def job() -> Mapping[str, Any]:
+        from lib.config import Settings
+        from lib.storage import Storage
+
         return _VERBS[arguments.verb](Storage(Settings.from_env().storage), arguments)
 
-    run(job, only_json=arguments.json)
+    cli.run(job, only_json=arguments.json, has_text=True)
 
 
 def _list(storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.data import views
+
     return views.list_sets(storage)
 
 
 def _show(storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.data import views
+    from lib.data.manifest import load_manifest
+
     return views.show_set(storage, load_manifest(storage, asked.digest), asked.pictures)
 
 
 def _diff(storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.data import views
+    from lib.data.manifest import load_manifest
+
     a, b = load_manifest(storage, asked.a), load_manifest(storage, asked.b)
     return views.compare_sets(storage, a, b, asked.pictures)
 
 
 def _extend(storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.config import Settings
+    from lib.data import views
+    from lib.data.extend import ExtendConfig, extend
+    from lib.data.manifest import load_manifest
+    from lib.watch import predictions
+    from lib.watch.labelled import labelled_requests
+
     parent = load_manifest(storage, asked.digest)
     model = asked.model or Settings.from_env().model
     now_us = int(time.time() * 1e6)
     start_us = now_us - int(asked.days * 86400e6)
-    progress("datasets", f"reading the labelled requests to {model} of {asked.days:g} days")
+    cli.progress("datasets", f"reading the labelled requests to {model} of {asked.days:g} days")
     found = labelled_requests(storage, model, parent, predictions.joined, start_us, now_us)
     made = extend(storage, parent, found, ExtendConfig())
     return views.show_extension(storage, made)
 
 
-_VERBS = {"list": _list, "show": _show, "diff": _diff, "extend": _extend}
+_VERBS: Mapping[str, Callable[[Storage, argparse.Namespace], Mapping[str, Any]]] = {
+    "list": _list,
+    "show": _show,
+    "diff": _diff,
+    "extend": _extend,
+}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     everywhere = argparse.ArgumentParser(add_help=False)
-    everywhere.add_argument("--json", action="store_true", help="print JSON only")
+    cli.add_json_flag(everywhere)
     parser = argparse.ArgumentParser(
         prog="python -m jobs.datasets",
         description=__doc__,

@@ -16,19 +16,24 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lib import provenance
-from lib.cli import run
-from lib.config import Settings
-from lib.errors import ServingError
-from lib.serving import deploy, policy
-from lib.serving.keys import name_of_caller
-from lib.serving.traffic import COLOCATED, ISOLATED
-from lib.storage import Storage
+from lib import cli
+from lib.errors import ConfigError
 
 
-def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
-    """Parse, change what is served, and return the policy in force."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse and change what is served."""
     arguments = _parse(argv)
+    cli.run(lambda: _change(arguments), only_json=arguments.json)
+
+
+def _change(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """Return the policy in force."""
+    from lib import provenance
+    from lib.config import Settings
+    from lib.serving import deploy, policy
+    from lib.serving.keys import name_of_caller
+    from lib.storage import Storage
+
     settings = Settings.from_env()
     storage = Storage(settings.storage)
     if arguments.verb == "history":
@@ -63,15 +68,13 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.deploy",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    from lib.serving.traffic import CHALLENGER_SHARE, COLOCATED, ISOLATED
+
+    parser = cli.parser("deploy", __doc__)
     parser.add_argument(
         "--challenger-share",
         type=float,
-        default=deploy.CHALLENGER_SHARE,
+        default=CHALLENGER_SHARE,
         help="percent of the requests that a new challenger answers",
     )
     parser.add_argument(
@@ -91,7 +94,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     weights.add_argument("shares", nargs="+", metavar="VERSION=WEIGHT")
     weights.add_argument("--shadow", action="append", default=[], metavar="VERSION=PERCENT")
     weights.add_argument("--pin", action="append", default=[], metavar="KEY=VERSION")
-    verbs.add_parser("history", help="who changed what, when and why")
+    history = verbs.add_parser("history", help="who changed what, when and why")
+    for verb in (promote, rollback, weights, history):
+        # Not False again, which would hide the flag given before the verb.
+        verb.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
     for verb in (promote, rollback, weights):
         # Not again the default, which would hide a reason given before the verb.
         verb.add_argument("--why", default=argparse.SUPPRESS, help="kept in the policy's history")
@@ -107,15 +113,15 @@ def _pairs(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             name = ""
         if not name:
-            raise ServingError(f"{text!r} is not of the form NAME=NUMBER, such as 3=95")
+            raise ConfigError(f"{text!r} is not of the form NAME=NUMBER, such as 3=95")
     return pairs
 
 
 def _version(text: str) -> int:
     if not text.isdecimal():
-        raise ServingError(f"{text!r} is not a version's number")
+        raise ConfigError(f"{text!r} is not a version's number")
     return int(text)
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

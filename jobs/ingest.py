@@ -8,33 +8,33 @@ python -m jobs.ingest --source torchvision:FashionMNIST
 from __future__ import annotations
 
 import argparse
-import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import ray
-
 from lib import cli
-from lib.config import Settings
-from lib.data.assemble import IngestConfig
-from lib.data.ingest import ingest_source
-from lib.storage import Storage
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Parse the arguments, ingest, and return what was made."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.ingest",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the arguments and ingest."""
+    parser = cli.parser("ingest", __doc__)
     parser.add_argument(
         "--source", default="mnist", help="`mnist` (bundled), a folder or URI, or torchvision:NAME"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the validation split")
     arguments = parser.parse_args(argv)
+    cli.run(lambda: _ingest(arguments), only_json=arguments.json)
+
+
+def _ingest(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.config import Settings
+    from lib.data.assemble import IngestConfig
+    from lib.data.ingest import ingest_source
+    from lib.ray_session import connect_ray
+    from lib.storage import Storage
+
     settings = Settings.from_env()
-    ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.WARNING)
+    connect_ray()
     ingested = ingest_source(
         Storage(settings.storage), arguments.source, IngestConfig(seed=arguments.seed)
     )
@@ -52,4 +52,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    main()

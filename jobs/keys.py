@@ -10,27 +10,28 @@ Only hashes are kept. Gateways follow within 2 s.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lib.cli import run
-from lib.config import Settings
-from lib.serving.keys import add_key, list_keys, remove_key
-from lib.storage import Storage
+from lib import cli
 
 
-def main() -> Mapping[str, Any]:
-    """Parse, change the keys, and return what was done."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.keys",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse and change the keys."""
+    parser = cli.parser("keys", __doc__)
     parser.add_argument("verb", choices=("add", "list", "remove"))
     parser.add_argument("name", nargs="?", help="who or what the key is for")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.verb != "list" and not arguments.name:
         parser.error(f"{arguments.verb} needs a name")
+    cli.run(lambda: _change(arguments), only_json=arguments.json)
+
+
+def _change(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.config import Settings
+    from lib.serving.keys import add_key, list_keys, remove_key
+    from lib.storage import Storage
+
     storage = Storage(Settings.from_env().storage)
     if arguments.verb == "add":
         return {"name": arguments.name, "key": add_key(storage, arguments.name)}
@@ -40,4 +41,4 @@ def main() -> Mapping[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -9,52 +9,30 @@ last line is JSON; --json leaves only that on the output.
 
 from __future__ import annotations
 
-import argparse
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ray
-
-from lib.cli import run
-from lib.errors import LineError
-from lib.leases.lender import look
-from lib.leases.usage import print_usage, usage
+from lib import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Look, print it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.leases",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON only")
-    arguments = parser.parse_args(argv)
-
-    def job() -> Mapping[str, Any]:
-        _connect()
-        used = usage(look(), ray.cluster_resources())
-        print_usage(used)
-        return used
-
-    run(job, only_json=arguments.json)
+    """Print who uses what."""
+    arguments = cli.parser("leases", __doc__).parse_args(argv)
+    cli.run(_usage, only_json=arguments.json, has_text=True)
 
 
-def _connect() -> None:
-    """Connect to the cluster; never start one, whose answer would be that nobody uses it."""
-    try:
-        ray.init(
-            address="auto",
-            ignore_reinit_error=True,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise LineError(
-            f"no Ray is reached from here ({error}); run `. .rayline/env` first, or submit it: "
-            "python -m jobs.submit leases"
-        ) from error
+def _usage() -> Mapping[str, Any]:
+    import ray
+
+    from lib.leases.lender import look
+    from lib.leases.usage import print_usage, usage
+    from lib.ray_session import connect_ray
+
+    # A Ray of its own would show that no client uses it.
+    connect_ray(may_start=False)
+    used = usage(look(), ray.cluster_resources())
+    print_usage(used)
+    return used
 
 
 if __name__ == "__main__":

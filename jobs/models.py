@@ -17,14 +17,15 @@ Needs MLflow and storage, not Ray. The last line is JSON; --json leaves only tha
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lib.cli import run
-from lib.config import Settings
-from lib.registry import backup, fetch, garbage, inspection, leaderboard, removal, restore, views
-from lib.storage import Storage
+from lib import cli
+
+if TYPE_CHECKING:
+    from lib.config import Settings
+    from lib.storage import Storage
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,13 +33,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parse(argv)
 
     def job() -> Mapping[str, Any]:
+        from lib.config import Settings
+        from lib.storage import Storage
+
         settings = Settings.from_env()
         return _VERBS[arguments.verb](settings, Storage(settings.storage), arguments)
 
-    run(job, only_json=arguments.json)
+    cli.run(job, only_json=arguments.json, has_text=arguments.verb in _PRINTED)
 
 
 def _best(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.registry import fetch, leaderboard, views
+
     board = leaderboard.leaderboard(settings, storage, split=asked.split, data=asked.data)
     entry = leaderboard.best(board, asked.rank)
     got = fetch.fetch(settings, str(entry.version), asked.fetch) if asked.fetch else None
@@ -47,6 +53,8 @@ def _best(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Ma
 
 
 def _list(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.registry import leaderboard, views
+
     board = leaderboard.leaderboard(
         settings, storage, split=asked.split, data=asked.data, with_trials=asked.trials
     )
@@ -55,12 +63,16 @@ def _list(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Ma
 
 
 def _show(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.registry import inspection, views
+
     content = inspection.describe(settings, storage, asked.version)
     views.print_description(content)
     return content
 
 
 def _diff(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.registry import inspection, views
+
     a, b = (inspection.describe(settings, storage, ref) for ref in (asked.a, asked.b))
     content = inspection.difference(a, b)
     views.print_difference(content)
@@ -68,30 +80,40 @@ def _diff(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Ma
 
 
 def _fetch(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.registry import fetch
+
     return fetch.fetch(settings, asked.version, asked.folder)
 
 
 def _delete(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.registry import removal
+
     return removal.delete(settings, storage, asked.version, dry_run=asked.dry_run)
 
 
 def _gc(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.registry import garbage, views
+
     content = garbage.collect(settings, storage, remove=asked.yes)
     views.print_garbage(content)
     return content
 
 
 def _backup(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.registry import backup
+
     return backup.backup(
         settings, storage, asked.folder, with_data=asked.with_data, with_keys=asked.with_keys
     )
 
 
 def _restore(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.registry import restore
+
     return restore.restore(settings, storage, asked.folder)
 
 
-_VERBS = {
+_VERBS: Mapping[str, Callable[[Settings, Storage, argparse.Namespace], Mapping[str, Any]]] = {
     "best": _best,
     "list": _list,
     "show": _show,
@@ -106,9 +128,9 @@ _VERBS = {
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     everywhere = argparse.ArgumentParser(add_help=False)
-    everywhere.add_argument("--json", action="store_true", help="print JSON only")
+    cli.add_json_flag(everywhere)
     ranking = argparse.ArgumentParser(add_help=False)
-    ranking.add_argument("--split", choices=leaderboard.SPLITS, default="val")
+    ranking.add_argument("--split", choices=("val", "test"), default="val")
     ranking.add_argument("--data", metavar="DIGEST", help="of one data set; its start will do")
     parser = argparse.ArgumentParser(
         prog="python -m jobs.models",
@@ -138,6 +160,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 _RANKED = ("best", "list")
+_PRINTED = ("best", "list", "show", "diff", "gc")
+"""Verbs that print their result for people by themselves."""
 
 if __name__ == "__main__":
     main()

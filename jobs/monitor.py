@@ -19,23 +19,30 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lib.cli import progress, run
-from lib.config import Settings
-from lib.storage import Storage
-from lib.watch import predictions, retrain_asked
-from lib.watch.display import show, summary
-from lib.watch.gauges import connect
-from lib.watch.grafana import GrafanaSettings, provision
-from lib.watch.interrupted import Interrupted
-from lib.watch.monitor import AWAY, Monitor, Options
-from lib.watch.reported import MONITOR, of_monitor
-from lib.watch.retrains import RetrainJobs
+from lib import cli
+from lib.watch import retrain_asked
 from lib.watch.triggers import Rules
 
 
-def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
-    """Parse, look once or again and again, and return what the last look saw."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, look once or again and again."""
     asked = _parse(argv)
+    cli.run(lambda: _watch(asked), only_json=asked.json, has_text=not asked.provision)
+
+
+def _watch(asked: argparse.Namespace) -> Mapping[str, Any]:
+    """Return what the last look saw."""
+    from lib.config import Settings
+    from lib.storage import Storage
+    from lib.watch import predictions
+    from lib.watch.display import show, summary
+    from lib.watch.gauges import connect
+    from lib.watch.grafana import GrafanaSettings, provision
+    from lib.watch.interrupted import Interrupted
+    from lib.watch.monitor import AWAY, Monitor, Options
+    from lib.watch.reported import MONITOR, of_monitor
+    from lib.watch.retrains import RetrainJobs
+
     if asked.provision:
         return provision(GrafanaSettings.from_env(os.environ))
     settings = Settings.from_env()
@@ -65,18 +72,14 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
         except AWAY as error:
             if asked.once:
                 raise
-            progress("monitor", f"{settings.model}: nothing could be written – {error}")
+            cli.progress("monitor", f"{settings.model}: nothing could be written – {error}")
         if asked.once:
             return summary(state)
         time.sleep(max(0.0, asked.every - (time.monotonic() - start_s)))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.monitor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("monitor", __doc__)
     often = parser.add_mutually_exclusive_group(required=True)
     often.add_argument("--once", action="store_true", help="look once")
     often.add_argument("--provision", action="store_true", help="fill Grafana, and look at nothing")
@@ -90,4 +93,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

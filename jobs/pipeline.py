@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ray
-
-from lib import provenance
-from lib.cli import run
+from lib import cli
 from lib.config import PRESETS, Settings, preset
-from lib.pipeline import run_pipeline
-from lib.storage import Storage
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags and run the pipeline."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = cli.parser("pipeline", __doc__)
     parser.add_argument(
         "--source", default="mnist", help="mnist, a folder on the cluster, or torchvision:NAME"
     )
@@ -30,24 +25,29 @@ def main() -> None:
     parser.add_argument(
         "--no-deploy", action="store_true", help="register, but change nothing that is served"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    cli.run(lambda: _run(arguments), only_json=arguments.json)
 
-    def job() -> dict[str, Any]:
-        settings = Settings.from_env()
-        if arguments.model:
-            settings = dataclasses.replace(settings, model=arguments.model)
-        submitted = provenance.current()
-        ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.WARNING)
-        return run_pipeline(
-            settings,
-            Storage(settings.storage),
-            arguments.source,
-            preset(arguments.preset),
-            who=submitted.owner or "unknown",
-            serve=not arguments.no_deploy,
-        )
 
-    run(job)
+def _run(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    from lib import provenance
+    from lib.pipeline import run_pipeline
+    from lib.ray_session import connect_ray
+    from lib.storage import Storage
+
+    settings = Settings.from_env()
+    if arguments.model:
+        settings = dataclasses.replace(settings, model=arguments.model)
+    submitted = provenance.current()
+    connect_ray()
+    return run_pipeline(
+        settings,
+        Storage(settings.storage),
+        arguments.source,
+        preset(arguments.preset),
+        who=submitted.owner or "unknown",
+        serve=not arguments.no_deploy,
+    )
 
 
 if __name__ == "__main__":

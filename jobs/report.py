@@ -11,58 +11,56 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib import provenance
-from lib.cli import progress, run
-from lib.config import Settings
-from lib.errors import ConfigError
-from lib.line.layout import PROJECT_ROOT
-from lib.serving.keys import name_of_caller
-from lib.storage import Storage
-from lib.watch import predictions, scorecard
-from lib.watch.collect import collect
-from lib.watch.dossier import attest
-from lib.watch.report.page import render
+from lib import cli
 
 
-def main() -> None:
-    """Parse the arguments, gather, write the page, print where it is and the score."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the arguments and write the page."""
+    parser = cli.parser("report", __doc__)
     parser.add_argument("version", nargs="?", default="champion", help="a number or an alias")
     parser.add_argument("--out", type=Path, help="the file (default: MODEL-vN.html here)")
     parser.add_argument("--attest", metavar="CHECK", help="put a check done by hand on record")
     parser.add_argument("--note", help="with --attest: what was done, and what was found")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if bool(arguments.attest) != bool(arguments.note):
         parser.error("--attest and --note belong together")
+    cli.run(lambda: _report(arguments), only_json=arguments.json, has_text=True)
 
-    def job() -> dict[str, Any]:
-        settings = Settings.from_env()
-        storage = Storage(settings.storage)
-        if arguments.attest:
-            known = [check.id for check in scorecard.CHECKS]
-            if arguments.attest not in known:
-                raise ConfigError(f"no check {arguments.attest!r}; there is: {', '.join(known)}")
-            named = name_of_caller(storage, os.environ.get("RAYLINE_API_KEY"))
-            who = named or provenance.current().owner or "unknown"
-            attest(storage, settings.model, arguments.attest, who=who, note=arguments.note)
-        found = collect(
-            settings, storage, arguments.version, root=PROJECT_ROOT, read_log=predictions.read
-        )
-        card = scorecard.score(found)
-        out = arguments.out or Path(f"{found.model}-v{found.version}.html")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(render(found, card), encoding="utf-8")
-        progress("report", f"{out.resolve()}; ML Test Score {card.score:g}: {card.meaning}")
-        return {"version": found.version, "file": str(out.resolve()), **card.to_json()}
 
-    run(job)
+def _report(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    from lib import provenance
+    from lib.config import Settings
+    from lib.errors import ConfigError
+    from lib.line.layout import PROJECT_ROOT
+    from lib.serving.keys import name_of_caller
+    from lib.storage import Storage
+    from lib.watch import predictions, scorecard
+    from lib.watch.collect import collect
+    from lib.watch.dossier import attest
+    from lib.watch.report.page import render
+
+    settings = Settings.from_env()
+    storage = Storage(settings.storage)
+    if arguments.attest:
+        known = [check.id for check in scorecard.CHECKS]
+        if arguments.attest not in known:
+            raise ConfigError(f"no check {arguments.attest!r}; there is: {', '.join(known)}")
+        named = name_of_caller(storage, os.environ.get("RAYLINE_API_KEY"))
+        who = named or provenance.current().owner or "unknown"
+        attest(storage, settings.model, arguments.attest, who=who, note=arguments.note)
+    found = collect(
+        settings, storage, arguments.version, root=PROJECT_ROOT, read_log=predictions.read
+    )
+    card = scorecard.score(found)
+    out = arguments.out or Path(f"{found.model}-v{found.version}.html")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(render(found, card), encoding="utf-8")
+    cli.progress("report", f"{out.resolve()}; ML Test Score {card.score:g}: {card.meaning}")
+    return {"version": found.version, "file": str(out.resolve()), **card.to_json()}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 
 It answers logged requests first, then gets copies, then shares of the traffic. Each step has gates
 against the champion of the same minutes: errors, p99, and accuracy or, without labels, disagreement
-and confidence. A breach takes all requests away at once; the exit code is 0 only for a promotion.
+and confidence. A breach takes all requests away at once; the exit code is 0 only for a
+promotion, 3 after a breach, 4 when held.
 While the log, or Prometheus and without one Ray's metrics, can't be read from here, it pauses.
 """
 
@@ -18,23 +19,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lib import provenance
-from lib.cli import run
-from lib.config import Settings
-from lib.serving.keys import name_of_caller
-from lib.storage import Storage
-from lib.watch import live
-from lib.watch.gauges import connect
+from lib import cli
 from lib.watch.rollout_state import USUAL_STEPS, Options, read_steps
 
 
-def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
-    """Parse, roll out to the end, and return how it ended."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.rollout",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, and roll out to the end."""
+    parser = cli.parser("rollout", __doc__)
     parser.add_argument("version", type=int, nargs="?", help="the candidate's number")
     parser.add_argument("--steps", default=USUAL_STEPS, help="its shares, in percent")
     parser.add_argument(
@@ -48,6 +39,18 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
     arguments = parser.parse_args(argv)
     if [arguments.version is not None, arguments.resume, arguments.abort].count(True) != 1:
         parser.error("give the number of a version, or --resume, or --abort")
+    cli.run(lambda: _roll_out(arguments), only_json=arguments.json)
+
+
+def _roll_out(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """Return how it ended."""
+    from lib import provenance
+    from lib.config import Settings
+    from lib.serving.keys import name_of_caller
+    from lib.storage import Storage
+    from lib.watch import live
+    from lib.watch.gauges import connect
+
     settings = Settings.from_env()
     storage = Storage(settings.storage)
     named = name_of_caller(storage, os.environ.get("RAYLINE_API_KEY"))
@@ -66,4 +69,4 @@ def main(argv: Sequence[str] | None = None) -> Mapping[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -5,25 +5,26 @@ kubectl patch rayservice rayline-serve --type merge -p "$(python -m jobs.serve_c
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lib.cli import run
-from lib.config import Settings
-from lib.errors import ServingError
-from lib.serving.client import ServeClient, live_applications
-from lib.serving.plan import GATEWAY, ray_service_patch
-from lib.serving.reach import as_started
+from lib import cli
 
 
-def main() -> Mapping[str, Any]:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the patch."""
+    arguments = cli.parser("serve_config", __doc__).parse_args(argv)
+    cli.run(_patch, only_json=arguments.json)
+
+
+def _patch() -> Mapping[str, Any]:
     """Return the patch; raise ServingError where nothing is served."""
-    argparse.ArgumentParser(
-        prog="python -m jobs.serve_config",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    from lib.config import Settings
+    from lib.errors import ServingError
+    from lib.serving.client import ServeClient, live_applications
+    from lib.serving.plan import GATEWAY, ray_service_patch
+    from lib.serving.reach import as_started
+
     settings = Settings.from_env()
     details = ServeClient(settings).details()
     live = live_applications(details)
@@ -33,4 +34,4 @@ def main() -> Mapping[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -10,37 +10,47 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from typing import Any
 
-from lib.errors import RaylineError
-from lib.line.layout import Line
-from lib.line.source import absolute_paths
-from lib.line.submission import follow, submit_job
+from lib import cli
+from lib.errors import FAILED, RaylineError
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Submit `jobs.VERB` with its arguments to the line, or to RAY_API_SERVER_ADDRESS."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("verb", help="a job: ingest, tune, register, deploy, score, pipeline")
+    parser = cli.parser("submit", __doc__)
+    parser.add_argument("verb", help="a job: ingest, tune, register, deploy, score, pipeline, …")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the job")
-    arguments = parser.parse_args()
-    module = f"jobs.{arguments.verb}"
-    if not arguments.verb.isidentifier() or find_spec(module) is None:
+    arguments = parser.parse_args(argv)
+    if not arguments.verb.isidentifier() or find_spec(f"jobs.{arguments.verb}") is None:
         parser.error(f"there is no jobs/{arguments.verb}.py")
+    cli.run(lambda: _submit(arguments), only_json=arguments.json, has_text=True)
+
+
+def _submit(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.line.layout import Line
+    from lib.line.source import absolute_paths
+    from lib.line.submission import follow, submit_job
+
+    line = Line.from_env(os.environ)
+    # The one setting that differs from job to job; the others are the line's.
+    model = os.environ.get("RAYLINE_MODEL")
+    env = {"RAYLINE_MODEL": model} if model else {}
+    words = ["-m", f"jobs.{arguments.verb}", *absolute_paths(arguments.arguments)]
+    job_id = submit_job(line, words, env=env)
     try:
-        line = Line.from_env(os.environ)
-        # The one setting that differs from job to job; the others are the line's.
-        model = os.environ.get("RAYLINE_MODEL")
-        env = {"RAYLINE_MODEL": model} if model else {}
-        job_id = submit_job(line, ["-m", module, *absolute_paths(arguments.arguments)], env=env)
         ended = follow(line, job_id)
-    except RaylineError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"\nthe job goes on; stop it with: ray job stop {job_id}")
+        raise RaylineError(f"the job goes on; stop it with: ray job stop {job_id}") from None
     if ended.status != "SUCCEEDED":
-        sys.exit(f"job {job_id} {ended.status.lower()}")
+        raise RaylineError(
+            f"job {job_id} {ended.status.lower()}",
+            ended.result,
+            exit_code=ended.result.get("exit_code", FAILED),
+        )
+    return ended.result
 
 
 if __name__ == "__main__":

@@ -11,22 +11,16 @@ python -m jobs.submit tune --resume SWEEP_RUN_ID
 from __future__ import annotations
 
 import argparse
-import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ray
-
 from lib import cli
-from lib.config import PRESETS, Settings
-from lib.storage import Storage
-from lib.train.asked import Asked, limits_asked_for, search_asked_for
-from lib.train.katib import TRAINABLES
-from lib.train.search import resume_sweep, run_sweep
+from lib.config import PRESETS
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the arguments, run or resume the sweep, print its result."""
-    parser = argparse.ArgumentParser(description="Search for the best model of a data set.")
+    parser = cli.parser("tune", __doc__)
     parser.add_argument("--data", help="digest that jobs.ingest printed")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="quick if left out")
     parser.add_argument(
@@ -46,7 +40,7 @@ def main() -> None:
     parser.add_argument("--experiment", metavar="FILE", help="Katib's, kubeflow.org/v1beta1")
     parser.add_argument(
         "--trainable",
-        choices=TRAINABLES,
+        choices=("command", "rayline"),
         help="what an experiment file runs: its own command, or Rayline's training",
     )
     parser.add_argument(
@@ -54,21 +48,27 @@ def main() -> None:
         metavar="SWEEP_RUN_ID",
         help="go on with a sweep; with --experiment, under the trial counts of the file",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    cli.run(lambda: _tune(arguments), only_json=arguments.json)
 
-    def job() -> dict[str, Any]:
-        settings = Settings.from_env()
-        storage = Storage(settings.storage)
-        given = {name: value for name, value in vars(arguments).items() if name != "resume"}
-        asked = Asked(**given)
-        limits = limits_asked_for(asked) if arguments.resume else None
-        search = None if arguments.resume else search_asked_for(asked, storage)
-        ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.WARNING)
-        if search is None:
-            return resume_sweep(settings, storage, arguments.resume, asked=limits).summary()
-        return run_sweep(settings, storage, *search).summary()
 
-    cli.run(job)
+def _tune(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.config import Settings
+    from lib.ray_session import connect_ray
+    from lib.storage import Storage
+    from lib.train.asked import Asked, limits_asked_for, search_asked_for
+    from lib.train.search import resume_sweep, run_sweep
+
+    settings = Settings.from_env()
+    storage = Storage(settings.storage)
+    own = ("resume", "json")
+    asked = Asked(**{name: value for name, value in vars(arguments).items() if name not in own})
+    limits = limits_asked_for(asked) if arguments.resume else None
+    search = None if arguments.resume else search_asked_for(asked, storage)
+    connect_ray()
+    if search is None:
+        return resume_sweep(settings, storage, arguments.resume, asked=limits).summary()
+    return run_sweep(settings, storage, *search).summary()
 
 
 if __name__ == "__main__":

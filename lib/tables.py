@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -35,6 +36,22 @@ def print_facts(facts: Mapping[str, str]) -> None:
     for name, value in facts.items():
         table.add_row(Text(name), Text(value))
     _console().print(table)
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """Print a job's result, which is made of JSON's types."""
+    print_facts({name.replace("_", " "): _to_text(value) for name, value in result.items()})
+
+
+def _to_text(value: Any) -> str:
+    if value is None or value == [] or value == {}:
+        return "–"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_to_text(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        separator = "\n" if any(isinstance(inner, Mapping) for inner in value) else ", "
+        return separator.join(_to_text(inner) for inner in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def print_line(text: str = "") -> None:

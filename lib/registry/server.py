@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from lib.config import Settings
-from lib.errors import RegistryError
+from lib.errors import AWAY, RegistryError
 
 _HEALTH_TIMEOUT_S = 10
 
@@ -33,7 +33,8 @@ def connect(settings: Settings) -> MlflowClient:
         except OSError as error:
             raise RegistryError(
                 f"MLflow does not answer at {settings.mlflow_uri} ({error}); start it with "
-                "`make up`, or set MLFLOW_TRACKING_URI to a server that runs"
+                "`make up`, or set MLFLOW_TRACKING_URI to a server that runs",
+                exit_code=AWAY,
             ) from error
     return MlflowClient(tracking_uri=settings.mlflow_uri, registry_uri=settings.mlflow_uri)
 

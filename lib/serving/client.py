@@ -12,7 +12,7 @@ import requests
 
 from lib.cli import progress
 from lib.config import Settings
-from lib.errors import ServingError
+from lib.errors import AWAY, ServingError
 
 CALL_TIMEOUT_S = 30
 _TRIES, _AGAIN_S = 4, 3.0
@@ -64,7 +64,8 @@ class ServeClient:
             )
         except requests.RequestException as error:
             raise ServingError(
-                f"Ray does not answer at {self._url}: {error}; is the line up (`make up`)?"
+                f"Ray does not answer at {self._url}: {error}; is the line up (`make up`)?",
+                exit_code=AWAY,
             ) from error
         if not response.ok:
             raise ServingError(f"Serve refused: {response.status_code} {response.text[-2000:]}")

@@ -16,13 +16,11 @@ from lib.errors import ServingError
 from lib.serving import policy
 from lib.serving.apply import apply, describe
 from lib.serving.reach import serve_url
-from lib.serving.traffic import ModelTraffic, Policy
+from lib.serving.traffic import CHALLENGER_SHARE, ModelTraffic, Policy
 from lib.storage import Storage
 
 if TYPE_CHECKING:
     from lib.registry.models import Version
-
-CHALLENGER_SHARE = 10.0
 
 
 def deploy(

@@ -14,6 +14,8 @@ ISOLATED = "isolated"
 """Every version is a Serve application of its own, with its own scaling and failures."""
 COLOCATED = "colocated"
 """Small versions live in the gateways: no call between processes, the lowest cost a request."""
+CHALLENGER_SHARE = 10.0
+"""Percent of the requests that a new challenger answers, unless it is given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

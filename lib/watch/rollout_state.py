@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib.errors import ConfigError
-from lib.storage import Storage
+
+if TYPE_CHECKING:
+    from lib.storage import Storage
 
 RUNNING = "running"
 PAUSED = "paused"

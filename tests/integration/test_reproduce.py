@@ -151,14 +151,14 @@ def test_other_code_gives_another_verdict_and_exit_code(
         client.set_terminated(other.info.run_id, status)
     monkeypatch.setenv("RAYLINE_STORAGE", recorded.storage.uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", recorded.settings.mlflow_uri)
-    monkeypatch.setattr(jobs.reproduce, "PROJECT_ROOT", recorded.checkout)
-    monkeypatch.setattr(jobs.reproduce, "resolve", lambda *_: clean)
+    monkeypatch.setattr("lib.line.layout.PROJECT_ROOT", recorded.checkout)
+    monkeypatch.setattr("lib.registry.models.resolve", lambda *_: clean)
     monkeypatch.setattr(sys, "argv", ["reproduce", "champion"])
 
     with pytest.raises(SystemExit) as ended:
         jobs.reproduce.main()
 
-    assert ended.value.code == 1
+    assert ended.value.code == 3
     printed = capsys.readouterr().out.splitlines()
     verdict = json.loads(printed[-1])
     assert verdict["verdict"] == DIFFERS

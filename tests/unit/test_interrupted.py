@@ -288,15 +288,17 @@ def test_the_monitor_takes_the_options_of_what_it_starts(
         def look(self) -> dict[str, Any]:
             return {"model": MODEL, "paused": {}}
 
-    monkeypatch.setattr(monitor_job, "Monitor", Looks)
-    monkeypatch.setattr(monitor_job, "connect", lambda: None)
+    monkeypatch.setattr("lib.watch.monitor.Monitor", Looks)
+    monkeypatch.setattr("lib.watch.gauges.connect", lambda: None)
     monkeypatch.setenv("RAYLINE_STORAGE", storage.uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.mlflow_uri)
     asked = ["--preset", "smoke", "--days", "2", "--steps", "20,100", "--min-requests", "30"]
-    monitor_job.main(["--once", "--act", *asked, "--step-timeout", "900"])
+    with pytest.raises(SystemExit):
+        monitor_job.main(["--once", "--act", *asked, "--step-timeout", "900"])
     assert seen[0]["acts"]
     rollout = {"steps": (20, 100), "min_requests": 30, "step_timeout_s": 900}
     wanted = Options(preset="smoke", days=2, **rollout)
     assert seen[0]["retrains"].options == wanted
-    monitor_job.main(["--once"])
+    with pytest.raises(SystemExit):
+        monitor_job.main(["--once"])
     assert seen[1]["retrains"].options == Options()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lib import cli
 from lib.errors import RegistryError
 from lib.provenance import diffstat
 from lib.registry.inspection import difference
@@ -181,25 +179,6 @@ def test_a_diffstat_needs_both_commits_and_takes_no_options(tmp_path: Path) -> N
     assert diffstat(commits[0], "0" * 40, root=tmp_path) is None
     assert diffstat(commits[0], f"--output={tmp_path}/made", root=tmp_path) is None
     assert not (tmp_path / "made").exists()
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_json_alone_is_on_the_output_if_asked_for(
-    fails: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def job() -> dict[str, int]:
-        cli.progress("step", "for people")
-        if fails:
-            raise RegistryError("no such version")
-        return {"version": 3}
-
-    with pytest.raises(SystemExit) as ended:
-        cli.run(job, only_json=True)
-    output, said = capsys.readouterr()
-    assert ended.value.code == int(fails)
-    expected = {"error": "RegistryError", "message": "no such version"} if fails else {"version": 3}
-    assert json.loads(output) == expected
-    assert "for people" in said
 
 
 def test_sizes_are_read_by_people() -> None:

@@ -193,13 +193,12 @@ def test_one_that_another_keeps_from_beginning_is_not_on_record(
 def test_the_job_puts_none_on_record_before_it_may_begin(
     storage: Storage, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["jobs.retrain"])
     monkeypatch.setenv("RAYLINE_STORAGE", storage.uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.mlflow_uri)
     monkeypatch.setenv("RAYLINE_MODEL", MODEL)
-    monkeypatch.setattr(jobs.retrain.ray, "init", lambda **_: None)
+    monkeypatch.setattr("lib.ray_session.connect_ray", lambda: None)
     with retrain_record.only_one(storage, MODEL), pytest.raises(SystemExit):
-        jobs.retrain.main()
+        jobs.retrain.main([])
     assert history(storage, MODEL) == []
 
 
