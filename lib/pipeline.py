@@ -16,6 +16,7 @@ from lib.config import Preset, Settings
 from lib.data.ingest import IngestConfig, ingest_source
 from lib.data.manifest import Manifest
 from lib.errors import RegistryError
+from lib.provenance import training_code_digest
 from lib.registry.models import resolve
 from lib.registry.registration import register
 from lib.registry.server import connect
@@ -86,7 +87,7 @@ def run_pipeline(
 
 
 def tune_once(settings: Settings, storage: Storage, manifest: Manifest, preset: Preset) -> Step:
-    """Return the sweep over this data with this preset; run it if MLflow has none."""
+    """Return the sweep over this data with this preset and code; run it if MLflow has none."""
 
     def search() -> Mapping[str, Any]:
         experiment = preset_experiment(preset)
@@ -104,5 +105,9 @@ def tune_once(settings: Settings, storage: Storage, manifest: Manifest, preset: 
             return False
         return True
 
-    inputs = {"data_digest": manifest.digest, "preset": asdict(preset)}
+    inputs = {
+        "data_digest": manifest.digest,
+        "preset": asdict(preset),
+        "code": training_code_digest(),
+    }
     return run_step(storage, "tune", inputs, search, is_true)

@@ -30,6 +30,8 @@ CODE_FOLDERS = ("lib/", "jobs/", "serve_apps/")
 """Where a new file is code: its content is recorded before it is committed."""
 UNTRACKED = "untracked: "
 """How a diff names the other new files, whose content it does not have."""
+_TRAINING_CODE = ("lib/data", "lib/train", "lib/storage.py", "lib/serving/predictor.py")
+"""What a trial runs, and what searches: other sources may lead to other models."""
 
 _ROOT = Path(__file__).resolve().parents[1]
 _GIT_TIMEOUT_S = 30
@@ -102,6 +104,15 @@ def current(env: Mapping[str, str] | None = None) -> Provenance:
     When neither knows a commit, that is said loudly, once: the run can't be rebuilt.
     """
     return _current((os.environ if env is None else env).get(VARIABLE) or None)
+
+
+@functools.cache
+def training_code_digest(root: Path = _ROOT) -> str:
+    """Return a digest of the sources that decide what a sweep finds."""
+    found = [root / name for name in _TRAINING_CODE]
+    files = sorted(f for each in found for f in ([each] if each.is_file() else each.rglob("*.py")))
+    texts = [f"{file.relative_to(root)}\n{file.read_text(encoding='utf-8')}" for file in files]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:32]
 
 
 def describe(provenance: Provenance) -> str:

@@ -81,6 +81,8 @@ def reopen_sweep(settings: Settings, sweep_run_id: str) -> SweepRun:
         if (name.startswith("rayline.") and name not in ("rayline.kind", "rayline.record_complete"))
         or name in ("mlflow.source.git.commit", "mlflow.user")
     }
+    # The runs that are still to be opened are of the code that runs now.
+    common |= _common_tags(None)
     return SweepRun(run_id=sweep_run_id, experiment_id=run.info.experiment_id, tags=common)
 
 

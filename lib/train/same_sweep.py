@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import pyarrow.fs as fs
 
@@ -13,7 +12,7 @@ from lib.errors import RegistryError, SearchError
 from lib.storage import Storage
 from lib.train.experiment import Experiment
 from lib.train.result import SweepResult
-from lib.train.search import resume_sweep
+from lib.train.search import resume_sweep, sweep_spec
 from lib.train.work import Work
 
 _CLOSED = b'"event": "closed"'
@@ -22,15 +21,12 @@ _CLOSED = b'"event": "closed"'
 def resume_same_sweep(
     settings: Settings, storage: Storage, experiment: Experiment, work: Work
 ) -> SweepResult | None:
-    """Return the result of the newest sweep of the same work, finished now; None if there is none.
+    """Return the result of the newest sweep of the same work and code; None if there is none.
 
-    One that left no result, or that MLflow does not have any more, does not count. Raises
-    SearchError if another process runs it.
+    It is finished first. One that left no result, or that MLflow does not have any more, does not
+    count. Raises SearchError if another process runs it.
     """
-    spec = json.loads(
-        json.dumps({"experiment": asdict(experiment), "kind": work.kind, "work": work.spec})
-    )
-    for sweep_run_id in same_sweeps(storage, spec):
+    for sweep_run_id in same_sweeps(storage, json.loads(json.dumps(sweep_spec(experiment, work)))):
         try:
             return resume_sweep(settings, storage, sweep_run_id)
         except RegistryError as error:

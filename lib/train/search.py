@@ -16,6 +16,7 @@ from lib.cli import progress as say
 from lib.config import Settings
 from lib.errors import ConfigError, SearchError
 from lib.leases.lender import RayLender, share_of
+from lib.provenance import training_code_digest
 from lib.registry.sweep_runs import SweepRun, reopen_sweep, start_sweep
 from lib.registry.tracking import SweepRecord
 from lib.storage import Storage
@@ -83,9 +84,18 @@ def run_sweep(
         },
         experiment=asdict(experiment),
     )
-    spec = {"experiment": asdict(experiment), "kind": work.kind, "work": work.spec}
-    storage.write(_spec_path(sweep.run_id), json.dumps(spec).encode())
+    storage.write(_spec_path(sweep.run_id), json.dumps(sweep_spec(experiment, work)).encode())
     return _run(settings, storage, lender, sweep, experiment, work, draw=draw)
+
+
+def sweep_spec(experiment: Experiment, work: Work) -> dict[str, Any]:
+    """Return what tells a sweep from others, and what it is resumed from."""
+    return {
+        "experiment": asdict(experiment),
+        "kind": work.kind,
+        "work": work.spec,
+        "code": training_code_digest(),
+    }
 
 
 def resume_sweep(
@@ -131,6 +141,17 @@ def resume_sweep(
         spec["experiment"] = asdict(experiment)
         storage.write(_spec_path(sweep_run_id), json.dumps(spec).encode())
     return _run(settings, storage, lender, sweep, experiment, work, draw=draw, reopen=more)
+
+
+def _note_other_code(storage: Storage, sweep_run_id: str) -> None:
+    """Say that a sweep goes on with other code, and let no job take it for the sweep of one."""
+    spec = storage.read_json(_spec_path(sweep_run_id))
+    if spec.get("code") == training_code_digest():
+        return
+    say("tune", f"WARNING: sweep {sweep_run_id} was started with other code for training: trials "
+        "from here on may differ from those before. For results of one code, check out the "
+        "commit that its run in MLflow names, or start a new sweep")  # fmt: skip
+    storage.write(_spec_path(sweep_run_id), json.dumps({**spec, "code": "mixed"}).encode())
 
 
 def _is_over(storage: Storage, sweep_run_id: str) -> bool:
@@ -207,6 +228,7 @@ def _run(
             say("tune", f"sweep {sweep.run_id}: {study.num_trials} trials")
         session = Session(settings, storage, folder, experiment, work, progress, study, desk, feed)
         if not progress.closed:
+            _note_other_code(storage, sweep.run_id)
             with share_of(settings, sweep.run_id, lender) as share:
                 session.run(experiment.time_budget_s - spent_s, share)
             progress.add(CLOSED, durable=True)

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from lib import provenance
 from lib.errors import ConfigError
-from lib.provenance import Provenance, collect, current, describe
+from lib.provenance import Provenance, collect, current, describe, training_code_digest
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -109,3 +110,23 @@ def test_the_variable_wins_over_the_checkout() -> None:
 def test_a_damaged_variable_is_refused(damage: str) -> None:
     with pytest.raises(ConfigError, match="RAYLINE_PROVENANCE is damaged"):
         Provenance.decode(damage)
+
+
+def test_all_that_a_trial_imports_is_in_the_digest_of_the_training_code(tmp_path: Path) -> None:
+    code = "import sys, lib.train.trial; print(*(m for m in sys.modules if m.startswith('lib.')))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    root = Path(provenance.__file__).parents[1]
+    digests = {training_code_digest(tmp_path)}
+    # Texts of errors, and the cards of models that are served.
+    for name in set(done.stdout.split()) - {"lib.errors", "lib.serving.bundle", "lib.serving"}:
+        source = root / name.replace(".", "/")
+        source = source / "__init__.py" if source.is_dir() else source.with_suffix(".py")
+        copy = tmp_path / source.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(source.read_text())
+        training_code_digest.cache_clear()
+        assert (digest := training_code_digest(tmp_path)) not in digests, name
+        digests.add(digest)
+    copy.write_text(copy.read_text() + "# Changed.\n")
+    training_code_digest.cache_clear()
+    assert training_code_digest(tmp_path) not in digests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -13,15 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from lib import pipeline
 from lib.config import Settings, preset
 from lib.data.direct import read_split
 from lib.data.manifest import LIVE, Manifest, load_manifest
 from lib.errors import RegistryError, SearchError, TooFewError
 from lib.steps import Step, run_step
 from lib.storage import Storage
-from lib.train import same_sweep
+from lib.train import same_sweep, search
 from lib.train.presets import preset_experiment
 from lib.train.samplers import Study
+from lib.train.search import sweep_spec
 from lib.watch import retrain, retrain_steps
 from lib.watch.labelled import labelled_images
 from lib.watch.retrain_asked import Options
@@ -287,12 +290,11 @@ class Resuming:
         return outcome
 
 
-def kept_sweep(storage: Storage, name: str, work: Any, *, closed: bool = False) -> None:
-    experiment = preset_experiment(preset("smoke"))
-    storage.write_json(
-        f"sweeps/{name}/sweep.json",
-        {"experiment": asdict(experiment), "kind": work.kind, "work": work.spec},
-    )
+def kept_sweep(
+    storage: Storage, name: str, work: Any, *, closed: bool = False, **changes: str
+) -> None:
+    spec = sweep_spec(preset_experiment(preset("smoke")), work)
+    storage.write_json(f"sweeps/{name}/sweep.json", {**spec, **changes})
     event = "closed" if closed else "asked"
     storage.write(f"sweeps/{name}/journal.jsonl", f'{{"event": "{event}"}}\n'.encode())
 
@@ -307,6 +309,7 @@ def test_a_killed_sweep_of_the_same_work_goes_on(
     assert same_sweep.resume_same_sweep(settings, storage, experiment, work) is None
     kept_sweep(storage, "mine", work)
     kept_sweep(storage, "another", other)
+    kept_sweep(storage, "other-code", work, code="0" * 32)
     resume = Resuming(mine="found")
     monkeypatch.setattr(same_sweep, "resume_sweep", resume)
     assert same_sweep.resume_same_sweep(settings, storage, experiment, work) == "found"
@@ -331,3 +334,39 @@ def test_a_sweep_that_is_of_no_use_is_left(
     kept_sweep(storage, "empty", work)
     with pytest.raises(SearchError):
         same_sweep.resume_same_sweep(settings, storage, experiment, work)
+
+
+def test_a_sweep_of_other_training_code_is_a_new_one(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the pipeline's tune step; the sweep itself is a stand-in."""
+    manifest: Any = SimpleNamespace(digest="d")
+    found = [SimpleNamespace(sweep_run_id=name, trials=[1]) for name in ("second", "first")]
+    monkeypatch.setattr(pipeline, "image_work", lambda *_: SimpleNamespace(kind="images", spec={}))
+    monkeypatch.setattr(pipeline, "run_sweep", lambda *_: found.pop())
+    monkeypatch.setattr(pipeline, "connect", lambda *_: None)
+    monkeypatch.setattr(pipeline, "ranked_trials", lambda *_: [])
+    settings = Settings(storage=storage.uri, mlflow_uri="http://nowhere")
+
+    def tuned() -> Any:
+        return pipeline.tune_once(settings, storage, manifest, preset("smoke")).result
+
+    assert [tuned()["sweep_run_id"] for _ in range(2)] == ["first", "first"]
+    monkeypatch.setattr(pipeline, "training_code_digest", lambda: "other")
+    assert tuned()["sweep_run_id"] == "second"
+
+
+def test_resuming_with_other_code_says_so_and_leaves_no_sweep_of_one_code(
+    storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work: Any = SimpleNamespace(kind="images", spec={"data_digest": "d"})
+    experiment = preset_experiment(preset("smoke"))
+    kept_sweep(storage, "same", work)
+    kept_sweep(storage, "changed", work, code="0" * 32)
+    search._note_other_code(storage, "same")
+    assert capsys.readouterr().out == ""
+    search._note_other_code(storage, "changed")
+    assert "sweep changed was started with other code" in capsys.readouterr().out
+    spec = json.loads(json.dumps(sweep_spec(experiment, work)))
+    assert same_sweep.same_sweeps(storage, spec) == ["same"]
+    assert storage.read_json("sweeps/changed/sweep.json")["code"] == "mixed"
