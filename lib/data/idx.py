@@ -25,6 +25,7 @@ from lib.data.manifest import Ignored
 from lib.data.readers import RawReader, Shape
 from lib.data.sources import (
     CLASSES_FILE,
+    Listing,
     Opened,
     SplitRows,
     read_class_names,
@@ -52,9 +53,11 @@ class IdxSource:
     ignored: tuple[Ignored, ...] = ()
 
     @classmethod
-    def find(cls, root: Storage, *, name: str, requires_sums: bool = False) -> IdxSource:
+    def find(
+        cls, root: Storage, listing: Listing, *, name: str, requires_sums: bool = False
+    ) -> IdxSource:
         """Find and hash the files; where SHA256SUMS lies beside them, they must match it."""
-        there = set(root.list(""))
+        there = set(listing.files)
         files = {}
         for split, prefix in _SPLIT_PREFIXES.items():
             for kind in ("images", "labels"):
@@ -67,7 +70,9 @@ class IdxSource:
         digests = dict(zip(names, sha256_files(root, names), strict=True))
         if requires_sums or SUMS_FILE in there:
             _check_sums(root, digests)
-        return cls(name=name, root=root, files=files, digests=digests)
+        others = sorted(there - {*names, SUMS_FILE})
+        ignored = listing.ignoring({"none of the four IDX files that are read": others})
+        return cls(name=name, root=root, files=files, digests=digests, ignored=ignored)
 
     def open(self, staging: Staging) -> Opened:
         """Read heads and labels; unpack gzip images into staging."""
@@ -132,9 +137,9 @@ class IdxSource:
         )
 
 
-def holds_idx_files(root: Storage) -> bool:
+def holds_idx_files(listing: Listing) -> bool:
     """Whether any of the canonical files is in the folder."""
-    there = set(root.list(""))
+    there = set(listing.files)
     return any(
         file in there
         for prefix in _SPLIT_PREFIXES.values()

@@ -7,8 +7,7 @@ An image is raw pixels (fixed-size binary), or a PNG or JPEG file (binary, or th
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,21 +22,29 @@ from lib.data.parquet_reader import IMAGE, ParquetReader, Piece, StagedReader, o
 from lib.data.pictures import DECODE_ERRORS, MODE_CHANNELS, decode
 from lib.data.readers import RawReader, Reader, Shape
 from lib.data.shards import chunk_rows
-from lib.data.sources import CLASSES_FILE, Opened, SplitRows, read_class_names, sha256_files
+from lib.data.sources import (
+    CLASSES_FILE,
+    Listing,
+    Opened,
+    SplitRows,
+    check_split_names,
+    read_class_names,
+    sha256_files,
+    split_of,
+)
 from lib.data.staging import Staging
 from lib.errors import DataError
 from lib.storage import Storage
 
 LABEL = "label"
 SHAPE_METADATA = b"rayline.shape"
-_SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 _MAX_CHUNKS_PER_GROUP = 4
 """A task decodes a row group from its start: larger ones are unpacked once instead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParquetSource:
-    """DIR/*.parquet; a file's folder or the start of its name says its split, else train."""
+    """DIR/*.parquet; the names of a file and its folders say its split, else all are of train."""
 
     name: str
     root: Storage
@@ -46,31 +53,54 @@ class ParquetSource:
     digests: Mapping[str, str]
     ignored: tuple[Ignored, ...] = ()
     class_names: tuple[str, ...] | None
-    """Given, or of `classes.txt`; else the labels themselves say."""
+    """Of `classes.txt`; else the labels themselves say."""
 
     @classmethod
-    def find(
+    def find(cls, root: Storage, listing: Listing, *, name: str) -> ParquetSource:
+        """Tell the splits by the names, and hash the files."""
+        paths = parquet_files(listing)
+        places = {path: found for path in paths if (found := _split_of(path))}
+        check_split_names(
+            {path: word for path, (_, word) in places.items()},
+            [path for path in paths if path not in places],
+        )
+        files: dict[str, list[str]] = {}
+        for path in paths:
+            files.setdefault(places[path][0] if places else "train", []).append(path)
+        others = sorted(set(listing.files) - {*paths, CLASSES_FILE})
+        uncommitted = [path for path in others if path.endswith(".parquet")]
+        ignored = listing.ignoring(
+            {
+                "no Parquet file": [path for path in others if path not in uncommitted],
+                "a name with `_`, which readers of Parquet leave out": uncommitted,
+            }
+        )
+        return cls._hashed(root, files, name=name, ignored=ignored)
+
+    @classmethod
+    def find_file(cls, root: Storage, path: str, *, name: str) -> ParquetSource:
+        """Hash one file, which is of train whatever it is called."""
+        return cls._hashed(root, {"train": [path]}, name=name, ignored=())
+
+    @classmethod
+    def _hashed(
         cls,
         root: Storage,
+        files: Mapping[str, Sequence[str]],
         *,
         name: str,
-        only: str | None = None,
-        class_names: tuple[str, ...] | None = None,
+        ignored: tuple[Ignored, ...],
     ) -> ParquetSource:
-        """List and hash the files, or `only` one."""
-        files: dict[str, list[str]] = {}
-        for path in [only] if only else parquet_files(root):
-            files.setdefault(_split_of(path), []).append(path)
         names = [path for paths in files.values() for path in paths]
-        if class_names is None:
-            class_names = read_class_names(root)
-            names += [CLASSES_FILE] if class_names else []
+        class_names = read_class_names(root)
+        names += [CLASSES_FILE] if class_names else []
         return cls(
             name=name,
             root=root,
             files={split: tuple(files[split]) for split in sorted(files, reverse=True)},
             digests=dict(zip(names, sha256_files(root, names), strict=True)),
             class_names=class_names,
+            ignored=ignored,
         )
 
     def open(self, staging: Staging) -> Opened:
@@ -149,15 +179,30 @@ class ParquetSource:
                     row += batch.num_rows
 
 
-def parquet_files(root: Storage) -> list[str]:
-    """Return the Parquet files in a folder and in its folders."""
-    return [path for path in root.list("", recursive=True) if path.endswith(".parquet")]
+def parquet_files(listing: Listing) -> list[str]:
+    """Return the Parquet files; like others, leave out those below a name that begins with `_`."""
+    return [
+        path
+        for path in listing.files
+        if path.lower().endswith(".parquet") and not path.startswith("_") and "/_" not in path
+    ]
 
 
-def _split_of(path: str) -> str:
-    *folders, name = path.split("/")
-    words = [*folders, re.split(r"[-._]", name)[0]]
-    return next((_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES), "train")
+def has_images(root: Storage, path: str) -> bool:
+    """Whether a Parquet file has a column of images, which tables beside pictures have not."""
+    with opened(root, path) as file:
+        return IMAGE in file.schema_arrow.names
+
+
+def _split_of(path: str) -> tuple[str, str] | None:
+    """Return the split, and the word for it, that the names of a file and its folders agree on."""
+    found = [split for name in path.split("/") if (split := split_of(name))]
+    if len({split for split, _ in found}) > 1:
+        raise DataError(
+            f"{path}: of which split is it? Its names say {' and '.join(s for s, _ in found)}; "
+            "rename the file or its folder"
+        )
+    return found[-1] if found else None
 
 
 def _head(root: Storage, path: str) -> pq.FileMetaData:
