@@ -177,6 +177,10 @@ class Preset:
     """Lowest and highest strength of augmentation, searched in steps of a quarter."""
     first_guesses: tuple[Mapping[str, float], ...] = ()
     """What is tried first, one trial each: where it differs from the usual first guess."""
+    min_epoch_steps: int = 0
+    """Steps of an epoch at least: one over few images goes over them again. With 5 images of each
+    digit, 9 steps in all left a net at 21 % on held-out images, three epochs of 100 steps at 83 %,
+    of 200 at 86 % (means of five draws)."""
     num_views: int = 1
     """Of an image: every trial's net answers with the mean over them; training is the same."""
     gpus_per_trial: float = 0.25
@@ -204,6 +208,7 @@ PRESETS: dict[str, Preset] = {
             time_budget_s=150,
             widths=(24, 32),
             depths=(1,),
+            min_epoch_steps=200,
         ),
         Preset(
             name="full",
@@ -215,6 +220,7 @@ PRESETS: dict[str, Preset] = {
             widths=(6, 16, 24, 32),
             depths=(1, 2, 3),
             growths=(2, 4),
+            min_epoch_steps=200,
             # An eighth less loss on held-out images than one view; five gain hardly more.
             num_views=3,
             # 170,626 and 9,196 parameters: both ends of the Pareto front have a start. A net so

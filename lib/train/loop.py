@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +41,8 @@ class TrainConfig:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
     batch_size: int = 128
+    min_epoch_steps: int = 0
+    """Steps of an epoch at least: one of fewer batches goes over the images again."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     seed: int = 0
 
@@ -110,7 +112,10 @@ class Stream(Protocol):
         ...
 
     def batches(self, size: int, epoch: int = 0) -> Iterator[Examples]:
-        """Yield every image once, shuffled by the epoch; the last batch may be smaller."""
+        """Yield every image once, shuffled by the epoch; the last batch may be smaller.
+
+        The first time, epoch 0, also makes sure that the images are those of the data set.
+        """
         ...
 
 
@@ -171,8 +176,7 @@ class Trainer:
         Raises SearchError if the loss is not a number.
         """
         start_s = time.perf_counter()
-        num_images = self._train.num_images
-        train_loss, learning_rate = self._train_epoch()
+        num_images, train_loss, learning_rate = self._train_epoch()
         self._synchronise()
         train_s = time.perf_counter() - start_s
         self.epoch += 1
@@ -188,7 +192,7 @@ class Trainer:
             "images_per_s": num_images / train_s,
         }
         if self._val is not None:
-            val = self.evaluate(self._val)
+            val = self.evaluate(self._val, self.epoch - 1)
             metrics |= {"val_loss": val.loss, "val_accuracy": val.accuracy}
         return metrics
 
@@ -217,14 +221,21 @@ class Trainer:
             "epoch": self.epoch,
         }
 
-    def _train_epoch(self) -> tuple[float, float]:
+    def _train_epoch(self) -> tuple[int, float, float]:
+        """Return the number of images trained on, the mean loss and the highest rate."""
         config = self.train_config
-        num_batches = max(1, self._train.num_images // config.batch_size)
+        pass_steps = max(1, self._train.num_images // config.batch_size)
+        num_steps = max(pass_steps, config.min_epoch_steps)
+        num_passes = math.ceil(num_steps / pass_steps)
+        first_pass = self.epoch * num_passes
+        batches = chain.from_iterable(
+            islice(self._shuffled(first_pass + index), pass_steps) for index in range(num_passes)
+        )
         total_loss = torch.zeros((), device=self.device)
-        peak = 0.0
+        num_images, peak = 0, 0.0
         self.net.train()
-        for batch, given in enumerate(islice(self._shuffled(), num_batches)):
-            rate = config.learning_rate_at(self.epoch + batch / num_batches)
+        for step, given in enumerate(islice(batches, num_steps)):
+            rate = config.learning_rate_at(self.epoch + step / num_steps)
             peak = max(peak, rate)
             images_NCHW = augment(
                 self.net.normalise(given.images_NHWC), config.augmentation, self._generator
@@ -237,13 +248,14 @@ class Trainer:
             loss.backward()
             self._optimizer.step(rate)
             total_loss += loss.detach()
-        return float(total_loss) / num_batches, peak
+            num_images += given.num_images
+        return num_images, float(total_loss) / num_steps, peak
 
-    def _shuffled(self) -> Iterator[Examples]:
-        """Yield this epoch's batches, on the device."""
+    def _shuffled(self, number: int) -> Iterator[Examples]:
+        """Yield the batches of a pass over the images, on the device."""
         size = self.train_config.batch_size
         if not isinstance(self._train, Examples):
-            for batch in self._train.batches(size, self.epoch):
+            for batch in self._train.batches(size, number):
                 yield batch.to(self.device)
             return
         order = torch.randperm(
@@ -256,12 +268,15 @@ class Trainer:
             )
 
     @torch.inference_mode()
-    def evaluate(self, examples: Examples | Stream) -> Evaluation:
-        """Return loss (without label smoothing) and accuracy, in float32 as it will be served."""
+    def evaluate(self, examples: Examples | Stream, epoch: int = 0) -> Evaluation:
+        """Return loss (without label smoothing) and accuracy, in float32 as it will be served.
+
+        A stream's shards are compared with the manifest in epoch 0 alone.
+        """
         self.net.eval()
         loss = torch.zeros((), device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        for batch in examples.batches(_EVALUATION_BATCH):
+        for batch in examples.batches(_EVALUATION_BATCH, epoch):
             given = batch.to(self.device)
             logits_NK = self.net(given.images_NHWC)
             loss += functional.cross_entropy(logits_NK, given.labels_N, reduction="sum")

@@ -39,6 +39,7 @@ class Trial(SweepTrial):
         manifest: Manifest,
         splits: Mapping[str, Split],
         rungs: tuple[int, ...],
+        min_epoch_steps: int = 0,
         settings: Mapping[str, Any] | None = None,
         num_threads: int = 1,
         train_seed: int = 0,
@@ -52,6 +53,7 @@ class Trial(SweepTrial):
         self._data_storage = storage
         self._manifest = manifest
         self._rungs = rungs
+        self._min_epoch_steps = min_epoch_steps
         self._settings = dict(settings or {})
         self._seed = train_seed
         self._measure_latency = measure_latency
@@ -114,7 +116,12 @@ class Trial(SweepTrial):
                 growth=config["growth"],
                 num_views=config.get("num_views", 1),
             ),
-            train_config(config, rungs=self._rungs, seed=self._seed),
+            train_config(
+                config,
+                rungs=self._rungs,
+                min_epoch_steps=self._min_epoch_steps,
+                seed=self._seed,
+            ),
             train=self._source("train"),
             val=self._source("val"),
             device=self._device,
@@ -132,7 +139,9 @@ class Trial(SweepTrial):
         )
 
 
-def train_config(params: Mapping[str, Any], *, rungs: tuple[int, ...], seed: int) -> TrainConfig:
+def train_config(
+    params: Mapping[str, Any], *, rungs: tuple[int, ...], min_epoch_steps: int = 0, seed: int
+) -> TrainConfig:
     """Return how a trial with these parameters of the search space is trained.
 
     A trial of its own number of `epochs` shares the rungs before them with all others.
@@ -147,6 +156,7 @@ def train_config(params: Mapping[str, Any], *, rungs: tuple[int, ...], seed: int
         weight_decay=params["weight_decay"],
         label_smoothing=params["label_smoothing"],
         augmentation=Augmentation(strength=params["augmentation"]),
+        min_epoch_steps=min_epoch_steps,
         seed=seed,
         **optional,
     )

@@ -18,6 +18,7 @@ from lib.storage import Storage
 from lib.train.command import CommandTemplate
 from lib.train.command_trial import LOG_FILE, CommandTrial
 from lib.train.experiment import LATENCY_MS, Experiment, Value
+from lib.train.loop import TrainConfig
 from lib.train.presets import first_guesses, search_space
 from lib.train.resources import Room, TrialResources, asked_resources, trial_resources
 from lib.train.streamed import StreamedExamples
@@ -25,6 +26,9 @@ from lib.train.trainable import SweepTrial
 from lib.train.trial import MODEL_FILE, Trial, confusion, examples
 
 IMAGES, COMMAND = "images", "command"
+_MOST_REPEATED_PIXELS = 60_000 * 28 * 28
+"""Of an epoch that goes over its images again: so it takes no longer than one over MNIST, for which
+the time budgets of the presets are made."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,15 +54,12 @@ class Work:
     what reads the files that its trial kept; None if the trials make no classifier."""
     manifest: Manifest | None = None
     """The data set, if there is one."""
+    images_per_epoch: int = 0
+    """Images that a trial trains on in an epoch, if it trains on images."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """For the runs of the sweep and of all trials."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of the sweep's run."""
-
-    @property
-    def images_per_epoch(self) -> int:
-        """Images that a trial trains on in an epoch."""
-        return self.manifest.rows("train") if self.manifest else 0
 
 
 def image_work(
@@ -75,6 +76,12 @@ def image_work(
     metrics = {*(o.metric for o in experiment.objectives), *experiment.additional_metrics}
     splits: dict[str, Split] = {}
     settings = dict(settings or {})
+    num_train = manifest.rows("train")
+    step_images = min(num_train, TrainConfig(rungs=preset.rungs).batch_size)
+    min_steps = min(
+        preset.min_epoch_steps,
+        _MOST_REPEATED_PIXELS // (step_images * manifest.height * manifest.width),
+    )
 
     def read(*names: str) -> Mapping[str, Split]:
         if missing := [name for name in names if name not in splits]:
@@ -92,6 +99,7 @@ def image_work(
             "manifest": manifest,
             "splits": dict(splits),
             "rungs": preset.rungs,
+            "min_epoch_steps": min_steps,
             "settings": {
                 **first_guesses(preset)[0],
                 "num_views": preset.num_views,
@@ -124,6 +132,7 @@ def image_work(
         artifacts={MODEL_FILE: CHECKPOINT_PATH},
         confusion=confused,
         manifest=manifest,
+        images_per_epoch=max(num_train, min_steps * step_images),
         tags={
             "rayline.preset": preset.name,
             "rayline.rungs": ",".join(map(str, preset.rungs)),

@@ -14,6 +14,7 @@ import torch
 from lib.config import preset
 from lib.data import stream
 from lib.data.direct import read_some, read_split
+from lib.data.loader import Split
 from lib.data.manifest import Manifest
 from lib.errors import DataError
 from lib.registry.baseline import sampled_rows
@@ -24,7 +25,7 @@ from lib.train.resources import TrialResources
 from lib.train.retrain import retrain
 from lib.train.trial import MODEL_FILE, Trial
 from lib.train.work import image_work
-from tests.made_set import ROWS, made_set
+from tests.made_set import ROWS, SHAPE, made_set
 
 RUNGS = (3,)
 PARAMS = {
@@ -37,6 +38,7 @@ PARAMS = {
     "augmentation": 0.0,
     "batch_size": 32,
 }
+HELD = Split(images_NHWC=np.zeros((2, *SHAPE), np.uint8), labels_N=np.zeros(2, np.int64))
 
 
 @pytest.fixture
@@ -81,6 +83,25 @@ def test_a_trial_streams_what_does_not_fit_and_is_rebuilt_bit_by_bit(
     hits = sum(counts[label][label] for label in range(len(counts)))
     assert sum(map(sum, counts)) == ROWS["val"]
     assert hits / ROWS["val"] == pytest.approx(reports[-1]["val_accuracy"])
+
+
+@pytest.mark.parametrize(("floor", "steps"), [(0, 0), (5, 5), (200, 200), (10_000, 7656)])
+def test_an_epoch_over_few_images_takes_no_longer_than_one_over_mnist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, floor: int, steps: int
+) -> None:
+    storage = Storage(str(tmp_path))
+    monkeypatch.setattr(
+        work, "read_splits", lambda storage, manifest, names: dict.fromkeys(names, HELD)
+    )
+    chosen = replace(preset("quick"), min_epoch_steps=floor)
+    found = image_work(storage, made_set(storage), chosen, preset_experiment(chosen))
+    shared = found.shared(TrialResources(cpus=1.0, gpus=0.0, num_parallel=1))
+    assert shared["min_epoch_steps"] == steps
+    # Of 128 images each, of 8×6 pixels.
+    assert found.images_per_epoch == max(400, steps * 128)
+    trial = Trial.__new__(Trial)
+    trial.prepare(**shared)
+    assert trial._build(PARAMS).train_config.min_epoch_steps == steps
 
 
 def test_a_split_that_fits_is_held(

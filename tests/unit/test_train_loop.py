@@ -171,6 +171,55 @@ def test_fewer_images_than_a_batch_are_trained_on() -> None:
     assert training.run_epoch()["train_loss"] > 0
 
 
+def test_few_images_are_gone_over_again_until_an_epoch_has_enough_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few, test = bars(40, 1), bars(400, 2)
+    config = TrainConfig(rungs=(1, 2), batch_size=32, min_epoch_steps=30)
+    training = Trainer(MODEL, config, train=few)
+    rates: list[float] = []
+    step = training._optimizer.step
+
+    def noted(rate: float) -> None:
+        rates.append(rate)
+        step(rate)
+
+    monkeypatch.setattr(training._optimizer, "step", noted)
+    training.run_epoch()
+    training.run_epoch()
+    assert rates == pytest.approx([config.learning_rate_at(number / 30) for number in range(60)])
+    assert training.evaluate(test).accuracy > 0.95
+
+
+def test_a_least_number_of_steps_changes_nothing_for_an_epoch_that_has_them() -> None:
+    plain, floored = trainer(), trainer(min_epoch_steps=20)
+    plain.run_epoch()
+    floored.run_epoch()
+    assert bits(plain.net) == bits(floored.net)
+
+
+def test_a_stream_is_shuffled_anew_in_every_pass_and_checked_in_the_first() -> None:
+    held = bars(70, 1)
+    seen: dict[str, list[int]] = {"train": [], "val": []}
+
+    class Streamed:
+        num_images = held.num_images
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def batches(self, size: int, epoch: int = 0) -> Iterator[Examples]:
+            seen[self.name].append(epoch)
+            return held.batches(size)
+
+    config = TrainConfig(rungs=(2,), batch_size=32, min_epoch_steps=5)
+    training = Trainer(MODEL, config, train=Streamed("train"), val=Streamed("val"))
+    training.run_epoch()
+    training.run_epoch()
+    # Two steps a pass; validation goes by epochs.
+    assert seen == {"train": [0, 1, 2, 3, 4, 5], "val": [0, 1]}
+
+
 def test_augmentation_can_be_turned_off() -> None:
     still = trainer(augmentation=Augmentation(strength=0.0))
     moved = trainer(augmentation=Augmentation(strength=1.0))
