@@ -6,7 +6,8 @@
     python -m jobs.deploy weights 3=95 4=5 --shadow 5=20 --pin user-7=4
     python -m jobs.deploy history
 
-What is served already goes on unchanged; running a command again changes nothing more.
+Without a verb, what is served goes on unchanged; only a challenger that never was in the traffic is
+added, with 10 % of it. Running a command again changes nothing more.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ def _change(arguments: argparse.Namespace) -> Mapping[str, Any]:
         "who": named or provenance.current().owner or "unknown",
         "why": arguments.why,
     }
-    if arguments.verb == "promote":
-        return deploy.promote(settings, storage, arguments.version, **by)
     if arguments.verb == "rollback":
         return deploy.rollback(settings, storage, **by)
+    by["other_classes"] = arguments.other_classes
+    if arguments.verb == "promote":
+        return deploy.promote(settings, storage, arguments.version, **by)
     if arguments.verb == "weights":
         shadows = {_version(name): share for name, share in _pairs(arguments.shadow).items()}
         return deploy.set_traffic(
@@ -98,6 +100,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for verb in (promote, rollback, weights, history):
         # Not False again, which would hide the flag given before the verb.
         verb.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+    allow: dict[str, Any] = {
+        "action": "store_true",
+        "help": "give callers of this model a version with other classes or another shape",
+    }
+    parser.add_argument("--other-classes", **allow)
+    for verb in (promote, weights):
+        verb.add_argument("--other-classes", default=argparse.SUPPRESS, **allow)
     for verb in (promote, rollback, weights):
         # Not again the default, which would hide a reason given before the verb.
         verb.add_argument("--why", default=argparse.SUPPRESS, help="kept in the policy's history")

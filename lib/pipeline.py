@@ -15,12 +15,14 @@ from lib.cli import progress
 from lib.config import Preset, Settings
 from lib.data.ingest import IngestConfig, ingest_source
 from lib.data.manifest import Manifest
-from lib.errors import RegistryError
+from lib.errors import RefusedError, RegistryError
 from lib.provenance import training_code_digest
-from lib.registry.models import resolve
+from lib.registry.models import CHAMPION, check_same, resolve, versions
 from lib.registry.registration import register
 from lib.registry.server import connect
 from lib.registry.trials import ranked_trials
+from lib.serving import policy
+from lib.serving.bundle import CARD_FILE, read_card
 from lib.serving.deploy import deploy
 from lib.serving.reach import check_host
 from lib.steps import Step, run_step
@@ -52,6 +54,7 @@ def run_pipeline(
     ingested = ingest_source(storage, source, IngestConfig())
     manifest = ingested.manifest
     progress("pipeline", f"data set {manifest.digest[:12]} ({ingested.seconds:.1f} s)")
+    check_model(settings, storage, manifest)
     sweep = tune_once(settings, storage, manifest, preset)
     sweep_run_id = str(sweep.result["sweep_run_id"])
     mark = time.monotonic()
@@ -84,6 +87,36 @@ def run_pipeline(
             "total": round(time.monotonic() - start, 1),
         },
     }
+
+
+def check_model(settings: Settings, storage: Storage, manifest: Manifest) -> None:
+    """Refuse, before the search, a model that its versions could not become versions of.
+
+    Raises:
+        RefusedError: The model has other classes or another shape than this data, or what is served
+            under its name is not what the registry has under it.
+    """
+    model, known = settings.model, versions(settings)
+    base = policy.current(storage)
+    traffic = base.models.get(model) if base else None
+    check_same(traffic, known)
+    if traffic and not any(version.version in traffic.bundles for version in known):
+        raise RefusedError(
+            f"version {traffic.champion} of {model} is served ({traffic.bundles[traffic.champion]})"
+            f", and the registry at {settings.mlflow_uri} has no version that is: its registered "
+            "model was deleted, or MLFLOW_TRACKING_URI is another registry. Train another model "
+            "(MODEL=another-name), or bring the registry back "
+            "(`python -m jobs.models restore DIR`)"
+        )
+    champion = next((version.bundle for version in known if CHAMPION in version.aliases), None)
+    bundle = traffic.bundles[traffic.champion] if traffic else champion
+    if bundle is None or not storage.exists(f"{bundle}/{CARD_FILE}"):
+        return
+    if difference := read_card(storage, bundle).difference(manifest.class_names, manifest.shape):
+        raise RefusedError(
+            f"{manifest.source} has {difference}, those of the model {model!r}: it would become a "
+            f"version of that model. Give it a name of its own: MODEL={model}-2, or any other"
+        )
 
 
 def tune_once(settings: Settings, storage: Storage, manifest: Manifest, preset: Preset) -> Step:

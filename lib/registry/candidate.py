@@ -8,7 +8,7 @@ from mlflow.exceptions import MlflowException
 
 from lib.cli import progress
 from lib.config import Settings
-from lib.registry.models import CHALLENGER, Version, resolve
+from lib.registry.models import CHALLENGER, Version, check_same, resolve
 from lib.registry.registration import WEAK_TAG
 from lib.registry.server import connect, explained
 from lib.serving import policy
@@ -20,10 +20,16 @@ REASON_TAG = "rayline.retrain_reason"
 
 
 def served_champion(settings: Settings, storage: Storage) -> Version:
-    """Return the version that is champion in the traffic, else the one that the alias names."""
+    """Return the version that is champion in the traffic, else the one that the alias names.
+
+    Raises RefusedError if the registry's version of that number is another one.
+    """
     served = policy.current(storage)
     traffic = served.models.get(settings.model) if served else None
-    return resolve(settings, settings.model, str(traffic.champion) if traffic else "champion")
+    ref = str(traffic.champion) if traffic else "champion"
+    version = resolve(settings, settings.model, ref)
+    check_same(traffic, [version])
+    return version
 
 
 def parameters(settings: Settings, version: Version) -> Mapping[str, str]:

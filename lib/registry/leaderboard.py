@@ -184,7 +184,7 @@ def version_entry(version: Version, verdict: Verdict | None, traffic: ModelTraff
         test_accuracy=version.test_accuracy,
         gap=version.val_test_gap,
         gap_holds=verdict.holds if verdict else None,
-        served=", ".join(parts_in(traffic, version.version)),
+        served=", ".join(parts_in(traffic, version.version, version.bundle)),
         data_digest=version.data_digest,
         git_commit=version.git_commit,
         git_dirty=version.git_dirty,
@@ -193,9 +193,9 @@ def version_entry(version: Version, verdict: Verdict | None, traffic: ModelTraff
     )
 
 
-def parts_in(traffic: ModelTraffic | None, version: int) -> list[str]:
+def parts_in(traffic: ModelTraffic | None, version: int, bundle: str) -> list[str]:
     """Return, in words, what a version does in the traffic now."""
-    if traffic is None or version not in traffic.bundles:
+    if traffic is None or traffic.bundles.get(version) != bundle:
         return []
     share = 100 * traffic.weights.get(version, 0.0) / sum(traffic.weights.values())
     parts = [f"{share:g} %"] if share else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -14,12 +14,13 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from lib.config import Settings
-from lib.errors import RegistryError
+from lib.errors import RefusedError, RegistryError
 from lib.registry import gaps
 from lib.registry.gaps import Scores, Verdict
 from lib.registry.server import connect, download, explained
 from lib.serving import policy
 from lib.serving.bundle import CARD_FILE, ONNX_FILE, Card, bundle_path, write_bundle
+from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
 
 PT2_PATH = "data/model.pt2"
@@ -220,6 +221,25 @@ def versions(settings: Settings, name: str | None = None) -> list[Version]:
             for found, aliases in _all_versions(client, name or settings.model)
             if TRIAL_TAG in found.tags
         ]
+
+
+def check_same(traffic: ModelTraffic | None, known: Iterable[Version]) -> None:
+    """Refuse to go on where policy and registry mean different versions by the same number.
+
+    A registered model that was deleted and made again counts from 1 again. Bundles are named after
+    number and run, so they tell the two apart.
+    """
+    for version in known:
+        served = traffic.bundles.get(version.version) if traffic else None
+        if served is not None and served != version.bundle:
+            raise RefusedError(
+                f"version {version.version} of {version.name!r} is two different models: callers "
+                f"get bundle {served}; the registry has run {version.run_id} (bundle "
+                f"{version.bundle}, data {version.data_digest[:12]}). Its registered model was "
+                "deleted and made again, or MLFLOW_TRACKING_URI is another registry. Nothing was "
+                "changed: serve the registry's as another model (MODEL=another-name), or bring the "
+                "registry of what is served back (`python -m jobs.models restore DIR`)"
+            )
 
 
 def resolve(settings: Settings, name: str, ref: str) -> Version:

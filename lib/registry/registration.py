@@ -27,7 +27,7 @@ from lib.registry.models import (
 from lib.registry.publish import Publisher
 from lib.registry.server import connect, explained
 from lib.registry.trials import ranked_trials
-from lib.serving.bundle import bundle_path
+from lib.serving.bundle import CARD_FILE, bundle_path, read_card
 from lib.storage import Storage
 
 WEAK_TAG = "rayline.no_challenger"
@@ -40,11 +40,14 @@ def register(
     manifest: Manifest,
     sweep_run_id: str,
     num_versions: int = 2,
+    *,
+    challenges: bool = True,
 ) -> list[Version]:
     """Make the best trials of a sweep versions of the model; return these versions, best first.
 
     A trial that has its version keeps it. The first registration makes the best one champion and
-    the next one challenger; once there is a champion, the best new version becomes challenger.
+    the next one challenger; once there is a champion, the best new version becomes challenger,
+    unless `challenges` is false: then something else, such as a rollout, decides about it later.
     Raises RefusedError if the best trial is refused; a later one is left out, and that is said.
     """
     if num_versions < 1:
@@ -72,7 +75,7 @@ def register(
                 continue
             ensure_bundle(settings, storage, version)
             registered.append(version)
-        _complete(client, settings, manifest, registered)
+        _complete(client, settings, storage, manifest, registered, challenges=challenges)
         by_number = {version.version: version for version in versions(settings)}
     return [by_number[version.version] for version in registered]
 
@@ -106,7 +109,7 @@ def register_external(
                     ),
                 )
         ensure_bundle(settings, storage, version)
-        _complete(client, settings, manifest, [version])
+        _complete(client, settings, storage, manifest, [version], challenges=True)
         by_number = {version.version: version for version in versions(settings)}
     return by_number[version.version]
 
@@ -131,18 +134,26 @@ def choose_aliases(
 
 
 def _complete(
-    client: MlflowClient, settings: Settings, manifest: Manifest, registered: Sequence[Version]
+    client: MlflowClient,
+    settings: Settings,
+    storage: Storage,
+    manifest: Manifest,
+    registered: Sequence[Version],
+    *,
+    challenges: bool,
 ) -> None:
     pending = [version.version for version in registered if not version.ready]
     if not pending:
         return
     current = client.get_registered_model(settings.model).aliases
     champion = int(current[CHAMPION]) if CHAMPION in current else None
-    weak = _weak(settings, manifest, pending, pending[0] if champion is None else champion)
+    weak = _weak(settings, storage, manifest, pending, pending[0] if champion is None else champion)
     for number, why in weak.items():
         progress("register", f"{settings.model} version {number} is no challenger: {why}")
         client.set_model_version_tag(settings.model, str(number), WEAK_TAG, why)
     for alias, number in choose_aliases(pending, champion, weak).items():
+        if alias == CHALLENGER and not challenges:
+            continue
         client.set_registered_model_alias(settings.model, alias, str(number))
         progress("register", f"{settings.model} version {number} is now {alias}")
     # Last: until then, the next registration of the sweep sets the aliases again; afterwards
@@ -152,14 +163,26 @@ def _complete(
 
 
 def _weak(
-    settings: Settings, manifest: Manifest, pending: Sequence[int], champion: int
+    settings: Settings,
+    storage: Storage,
+    manifest: Manifest,
+    pending: Sequence[int],
+    champion: int,
 ) -> dict[int, str]:
-    """Return which pending versions are too weak to challenge the champion, and why.
+    """Return which pending versions must not challenge the champion, and why.
 
-    A champion measured on other data says nothing about them.
+    Those with other classes or another shape, and those that are too weak; a champion measured on
+    other data says nothing about that.
     """
     known = {version.version: version for version in versions(settings)}
-    if champion not in known or known[champion].data_digest != manifest.digest:
+    if champion not in known:
+        return {}
+    if storage.exists(f"{known[champion].bundle}/{CARD_FILE}"):
+        card = read_card(storage, known[champion].bundle)
+        if difference := card.difference(manifest.class_names, manifest.shape):
+            why = f"it has {difference}, those of the champion, version {champion}"
+            return {number: why for number in pending if number != champion}
+    if known[champion].data_digest != manifest.digest:
         return {}
     standing, rows = known[champion].test_accuracy, manifest.rows("test")
     found = {

@@ -75,9 +75,10 @@ def refuse_if_needed(settings: Settings, storage: Storage, version: Version) -> 
     served = policy.current(storage)
     traffic = served.models.get(version.name) if served else None
     reasons = [alias for alias in version.aliases if alias in (CHAMPION, CHALLENGER)]
-    if traffic and version.version == traffic.champion and CHAMPION not in reasons:
+    parts = parts_in(traffic, version.version, version.bundle)
+    if traffic and parts and version.version == traffic.champion and CHAMPION not in reasons:
         reasons.append("champion in the traffic policy")
-    reasons += [f"serving ({part})" for part in parts_in(traffic, version.version)]
+    reasons += [f"serving ({part})" for part in parts]
     if reasons:
         raise RegistryError(
             f"version {version.version} of {version.name!r} is {', '.join(reasons)}: it is not "

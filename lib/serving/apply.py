@@ -15,7 +15,7 @@ import requests
 
 from lib.cli import progress
 from lib.config import Settings
-from lib.errors import ServingError, StartError
+from lib.errors import RefusedError, ServingError, StartError
 from lib.serving import plan, policy, rayservice
 from lib.serving.bundle import read_card
 from lib.serving.client import ServeClient, live_applications, wait_until
@@ -40,6 +40,7 @@ def apply(
     who: str,
     why: str,
     new_code: bool = False,
+    other_classes: bool = False,
 ) -> Policy:
     """Make `desired` the traffic of the settings' model; return the policy in force.
 
@@ -52,12 +53,17 @@ def apply(
         why: Their reason, for the history.
         new_code: Whether gateways and versions are to run this checkout's code; else what is live
             keeps the code that it was deployed with.
+        other_classes: Whether a version with other classes, or another shape, than the champion's
+            may get requests that were the champion's.
 
     Raises:
+        RefusedError: A version with other classes or another shape would get requests.
         ServingError: A version did not start, somebody else changed the policy meanwhile, or the
             RayService can't be told. What was served before goes on.
     """
     models = {**(base.models if base else {}), settings.model: desired}
+    if base and settings.model in base.models and not other_classes:
+        check_classes(settings.model, storage, base.models[settings.model], desired)
     client = ServeClient(settings)
     settings = as_started(settings, client.details())
     _bring_up(settings, storage, client, models, new_code=new_code)
@@ -82,6 +88,34 @@ def describe(traffic: ModelTraffic) -> str:
     return ", ".join(shares)
 
 
+def check_classes(
+    model: str, storage: Storage, served: ModelTraffic, desired: ModelTraffic
+) -> None:
+    """Refuse traffic to a version whose classes or shape are not the served champion's.
+
+    Its callers would get answers of another meaning, or errors. Versions that have traffic already
+    are not looked at: somebody decided that.
+
+    Raises:
+        RefusedError: Names the version and the flag that allows it.
+    """
+    answering = {(number, served.bundles[number]) for number in served.reachable()}
+    card = None
+    for number in sorted(desired.reachable()):
+        bundle = desired.bundles[number]
+        if (number, bundle) in answering:
+            continue
+        card = card or read_card(storage, served.bundles[served.champion])
+        other = read_card(storage, bundle)
+        if difference := card.difference(other.class_names, other.shape):
+            raise RefusedError(
+                f"version {number} of {model} has {difference}, those of its champion, version "
+                f"{served.champion}; nothing was changed. Bring it up as a model of its own "
+                "(MODEL=another-name), or let `python -m jobs.deploy` give it this model's "
+                "requests with `--other-classes`"
+            )
+
+
 def _bring_up(
     settings: Settings,
     storage: Storage,
@@ -96,20 +130,32 @@ def _bring_up(
     code_uri = plan.publish_code(storage)
     wanted = plan.applications(settings, {} if new_code else live, code_uri, models)
     names = [config["name"] for config in wanted]
+    plan.check_names(settings, details, names)
     statuses = {name: _status(details, name) for name in names}
     if all(live.get(config["name"]) == config for config in wanted) and all(
         status == "RUNNING" for status in statuses.values()
     ):
         return
-    others = [config for name, config in live.items() if name not in names]
     progress("deploy", f"bringing up {', '.join(names)}")
-    client.apply(plan.serve_config(settings, [*wanted, *others]))
+    _replace(settings, client, {config["name"]: config for config in wanted})
     try:
         _wait_running(client, names)
     except ServingError:
         # What was served before goes on; the version that failed leaves no trace in Serve.
-        client.apply(plan.serve_config(settings, list(live.values())))
+        _replace(settings, client, {name: live.get(name) for name in names})
         raise
+
+
+def _replace(
+    settings: Settings, client: ServeClient, changes: Mapping[str, dict[str, Any] | None]
+) -> None:
+    """Deploy applications by name, or delete them where None is given; all others stay.
+
+    Serve takes its whole config at once and deletes what is missing there, so the config is read
+    just before: what others deployed since is in it.
+    """
+    configs = {**live_applications(client.details()), **changes}
+    client.apply(plan.serve_config(settings, [c for c in configs.values() if c is not None]))
 
 
 def _check_colocated(storage: Storage, traffic: ModelTraffic) -> None:
@@ -164,11 +210,21 @@ def _wait_followed(storage: Storage, client: ServeClient, wanted: Policy) -> Non
 
 
 def _take_away(settings: Settings, client: ServeClient, models: Mapping[str, ModelTraffic]) -> bool:
-    live = live_applications(client.details())
+    """Delete this model's versions that the policy does not need; return whether there were any.
+
+    Other applications stay: other people's, and other models' that are just coming up.
+    """
     kept = plan.names(models)
-    if leaving := sorted(set(live) - kept):
+    leaving = sorted(
+        name
+        for name, config in live_applications(client.details()).items()
+        if plan.is_version_of(settings.model, name)
+        and plan.is_ours(settings, config)
+        and name not in kept
+    )
+    if leaving:
         progress("deploy", f"taking away {', '.join(leaving)}")
-        client.apply(plan.serve_config(settings, [live[name] for name in sorted(kept)]))
+        _replace(settings, client, dict.fromkeys(leaving))
     return bool(leaving)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from lib.storage import Storage
 ONNX_FILE = "model.onnx"
 PT2_FILE = "model.pt2"
 CARD_FILE = "card.json"
+_SHOWN = 12
+"""Names of classes in a message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +52,17 @@ class Card:
         """Bytes of one raw image."""
         return self.height * self.width * self.channels
 
+    def difference(self, class_names: Sequence[str], shape: Sequence[int]) -> str | None:
+        """Return how other classes and another shape differ from these, None if they do not.
+
+        The order of the classes counts: callers and labels name them by number too.
+        """
+        if tuple(class_names) != self.class_names:
+            return f"{_some(class_names)} instead of {_some(self.class_names)}"
+        if tuple(shape) != self.shape:
+            return f"shape {list(shape)} instead of {list(self.shape)} (height, width, channels)"
+        return None
+
     def to_json(self) -> dict[str, Any]:
         """Return the card as JSON types."""
         return asdict(self)
@@ -61,6 +74,11 @@ class Card:
         fields["class_names"] = tuple(fields["class_names"])
         fields["preprocess"] = Preprocess.from_json(fields["preprocess"])
         return cls(**fields)
+
+
+def _some(class_names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, class_names[:_SHOWN]))
+    return f"{len(class_names)} classes ({shown}{', …' if len(class_names) > _SHOWN else ''})"
 
 
 def bundle_path(name: str, version: int, run_id: str) -> str:

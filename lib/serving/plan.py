@@ -6,13 +6,14 @@ import copy
 import hashlib
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lib.config import Settings
+from lib.errors import ServingError
 from lib.selector import read_selector
 from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
@@ -31,6 +32,53 @@ def version_application(name: str, version: int) -> str:
     return f"{name}-v{version}"
 
 
+def is_ours(settings: Settings, config: Mapping[str, Any]) -> bool:
+    """Whether a Serve application, by its deployed config, belongs to this line.
+
+    The mark is what only this line deploys: Rayline's import path with this line's storage root.
+    Everything else on a cluster is somebody else's, another line's applications included.
+    """
+    root = str((config.get("args") or {}).get("storage", ""))
+    return config.get("import_path") in _IMPORT_PATHS and _place(root) == _place(settings.storage)
+
+
+def check_names(settings: Settings, details: Mapping[str, Any], wanted: Collection[str]) -> None:
+    """Raise ServingError if a name or the route `/` belongs to an application that is not ours.
+
+    Args:
+        settings: Of this line.
+        details: Serve's state, with applications of any origin.
+        wanted: Names of the applications that this line is about to deploy.
+    """
+    for name, application in details.get("applications", {}).items():
+        config = application.get("deployed_app_config") or {}
+        is_going = application.get("status") == "DELETING"
+        if is_going or is_ours(settings, config):
+            continue
+        route = application.get("route_prefix")
+        if name in wanted or route == "/":
+            what = config.get("import_path") or "made with serve.run"
+            storage = (config.get("args") or {}).get("storage")
+            line = f", of the line with storage {storage}" if storage else ""
+            raise ServingError(
+                f"Serve has an application {name!r} at route {route!r} that is not this line's "
+                f"({what}{line}); it is left as it is and nothing was changed. Delete or rename "
+                "it, or give this line a Ray cluster of its own"
+            )
+
+
+def is_version_of(model: str, application: str) -> bool:
+    """Whether an application's name is that of a version of a model."""
+    name, _, version = application.rpartition("-v")
+    return name == model and version.isdecimal()
+
+
+def _place(root: str) -> str:
+    """Return a storage root without what may be spelled in several ways."""
+    return root.partition("?")[0].removeprefix("file://").rstrip("/")
+
+
+_IMPORT_PATHS = ("serve_apps.gateway:build", "serve_apps.version:build")
 _SERVED = (".py", ".yaml", ".html", ".css", ".js", ".svg")
 """Kinds of files that replicas need: code, options, and the console's pages."""
 
@@ -114,7 +162,7 @@ def _application(
     bundle: str | None,
 ) -> dict[str, Any]:
     args = {"storage": settings.storage} | ({"bundle": bundle} if bundle else {})
-    if name in live and live[name].get("args") == args:
+    if name in live and is_ours(settings, live[name]) and live[name]["args"] == args:
         return copy.deepcopy(dict(live[name]))
     kind = "version" if bundle else "gateway"
     options = copy.deepcopy(template[kind])

@@ -43,6 +43,11 @@ class ModelTraffic:
         """Return the versions that are Serve applications of their own."""
         return [number for number in self.bundles if self.placement_of(number) == ISOLATED]
 
+    def reachable(self) -> set[int]:
+        """Return the versions that get requests which do not name a version, or copies of them."""
+        weighted = {number for number, weight in self.weights.items() if weight > 0}
+        return weighted | set(self.shadows) | set(self.pins.values()) | {self.champion}
+
     def __post_init__(self) -> None:
         """Refuse a policy that could not be served."""
         for what, versions in (

@@ -105,7 +105,7 @@ class Live:
     def crown(self, desired: ModelTraffic, why: str) -> None:
         """Change the traffic, then the registry's alias."""
         self.change(desired, why)
-        deploy.align_registry(self._settings, desired.champion)
+        deploy.align_registry(self._settings, desired)
 
     def replay(self, state: State) -> Replayed:
         """Let the candidate answer logged requests in this process."""

@@ -80,12 +80,17 @@ class RetrainSteps:
         return tune_once(self.settings, self.storage, manifest, warm(self.preset, params))
 
     def register(self, digest: str, sweep_run_id: str, record: Record) -> Step:
-        """Register the best trial and mark it with the retrain."""
+        """Register the best trial, without an alias, and mark it with the retrain."""
 
         def work() -> Result:
             manifest = load_manifest(self.storage, digest)
             (version,) = register(
-                self.settings, self.storage, manifest, sweep_run_id, num_versions=1
+                self.settings,
+                self.storage,
+                manifest,
+                sweep_run_id,
+                num_versions=1,
+                challenges=False,
             )
             mark(self.settings, version.version, record.id, record.reason)
             return {

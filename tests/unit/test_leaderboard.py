@@ -106,7 +106,10 @@ def test_the_parts_in_the_traffic_are_said_in_words() -> None:
         shadows={5: 20},
         pins={"a": 4, "b": 4},
     )
-    found = {number: parts_in(traffic, number) for number in (1, 2, 3, 4, 5, 6)}
+    found = {
+        number: parts_in(traffic, number, f"models/digits/{number}")
+        for number in (1, 2, 3, 4, 5, 6)
+    }
     assert found == {
         1: [],
         2: ["previous"],
@@ -115,7 +118,9 @@ def test_the_parts_in_the_traffic_are_said_in_words() -> None:
         5: ["shadow 20 %"],
         6: ["up"],
     }
-    assert parts_in(None, 3) == []
+    assert parts_in(None, 3, "models/digits/3") == []
+    # Another model of the same number, made after the first one's registered model was deleted.
+    assert parts_in(traffic, 3, "models/digits/3-other") == []
 
 
 def described(version: int, **changed: Any) -> dict[str, Any]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lib.config import Settings
 from lib.errors import RefusedError, RegistryError
+from lib.registry import registration
 from lib.registry.baseline import Baseline, check_against, train_baseline
 from lib.registry.evaluate import evaluate
 from lib.registry.models import Facts, Version
 from lib.registry.registration import choose_aliases
 from lib.registry.runtime import Measured
 from lib.registry.trials import ranked_trials
+from lib.serving.bundle import write_bundle
+from lib.storage import Storage
+from tests.unit.serving_parts import card
 
 
 class FakeMlflow:
@@ -104,6 +110,57 @@ def test_the_champion_is_set_once_and_afterwards_only_the_challenger(
     pending: list[int], champion: int | None, aliases: dict[str, int]
 ) -> None:
     assert choose_aliases(pending, champion) == aliases
+
+
+class Aliases:
+    """The part of MLflow's client that sets aliases and tags."""
+
+    def __init__(self, aliases: dict[str, str]) -> None:
+        self.aliases = aliases
+        self.tags: dict[tuple[str, str], str] = {}
+
+    def get_registered_model(self, name: str) -> Any:
+        return SimpleNamespace(aliases=dict(self.aliases))
+
+    def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
+        self.aliases[alias] = version
+
+    def set_model_version_tag(self, name: str, version: str, key: str, value: str) -> None:
+        self.tags[version, key] = value
+
+
+@pytest.mark.parametrize(
+    ("challenges", "classes", "aliases"),
+    [
+        (True, ("square", "circle", "star"), {"champion": "1", "challenger": "2"}),
+        (False, ("square", "circle", "star"), {"champion": "1"}),
+        (True, ("left", "right"), {"champion": "1"}),
+    ],
+)
+def test_only_a_version_of_the_same_classes_that_may_challenge_gets_the_alias(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    challenges: bool,
+    classes: tuple[str, ...],
+    aliases: dict[str, str],
+) -> None:
+    storage = Storage(str(tmp_path))
+    champion = card(1)
+    bundle = write_bundle(storage, champion, b"onnx", b"pt2")
+    known = [
+        SimpleNamespace(version=1, bundle=bundle, data_digest="a", test_accuracy=0.9, ready=True),
+        SimpleNamespace(version=2, bundle="", data_digest="b", test_accuracy=0.9, ready=False),
+    ]
+    monkeypatch.setattr(registration, "versions", lambda settings: known)
+    client: Any = Aliases({"champion": "1"})
+    settings = Settings(storage=str(tmp_path), mlflow_uri="http://m", model="shapes")
+    manifest: Any = SimpleNamespace(class_names=classes, shape=champion.shape, digest="b")
+    registered: Any = known[1:]
+    registration._complete(client, settings, storage, manifest, registered, challenges=challenges)
+    assert client.aliases == aliases
+    assert client.tags["2", "rayline.ready"] == "true"
+    why = client.tags.get(("2", "rayline.no_challenger"), "")
+    assert ("2 classes ('left', 'right')" in why) == (classes == ("left", "right"))
 
 
 def test_far_below_the_baseline_is_two_points() -> None:

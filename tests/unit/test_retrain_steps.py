@@ -86,6 +86,8 @@ class Line:
     def register(self, settings: Settings, storage: Storage, manifest: Manifest, *rest: Any,
                  **others: Any) -> list[SimpleNamespace]:  # fmt: skip
         self.calls["register"] += 1
+        # Its gates come later: until then no deploy may take it for the challenger.
+        assert others["challenges"] is False
         number = max(self.known) + 1
         self.known[number] = self._version(number, manifest.digest)
         return [self.known[number]]
