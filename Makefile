@@ -7,7 +7,9 @@ SHELL := /bin/bash
 BIN := .venv/bin
 # What CI may be told by others (WHY, VERSION, …) stays in the shell: make would run what is in it.
 # Settings of the line of this folder, unless the shell has those of another one.
-LINE := [ -n "$$RAYLINE_STORAGE" ] || [ ! -f .rayline/env ] || . .rayline/env
+# RAYLINE_MODEL of the shell goes before the model that the line was brought up with last.
+LINE := [ -n "$$RAYLINE_STORAGE" ] || [ ! -f .rayline/env ] || \
+  { model="$$RAYLINE_MODEL"; . .rayline/env; export RAYLINE_MODEL="$${model:-$$RAYLINE_MODEL}"; }
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/'

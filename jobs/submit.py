@@ -35,6 +35,7 @@ def _submit(arguments: argparse.Namespace) -> Mapping[str, Any]:
     from lib.line.submission import follow, submit_job
 
     line = Line.from_env(os.environ)
+    os.environ.update(line.no_proxy_env(os.environ))
     # The one setting that differs from job to job; the others are the line's.
     model = os.environ.get("RAYLINE_MODEL")
     env = {"RAYLINE_MODEL": model} if model else {}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib import cli
 from lib.config import PRESETS
-from lib.errors import FAILED, LineError
+from lib.errors import FAILED, ConfigError, LineError
 from lib.line.ports import variables
 
 if TYPE_CHECKING:
@@ -33,10 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--no-deploy", action="store_true", help="train and register, and write a report"
     )
     arguments = parser.parse_args(argv)
-    model = arguments.model or os.environ.get("RAYLINE_MODEL")
     serve = not arguments.no_deploy
     cli.run(
-        lambda: up(arguments.data, arguments.preset, model, serve=serve),
+        lambda: up(arguments.data, arguments.preset, arguments.model, serve=serve),
         only_json=arguments.json,
         has_text=True,
     )
@@ -54,12 +53,15 @@ def up(data: str, preset: str, model: str | None, *, serve: bool = True) -> Mapp
 
     start = time.monotonic()
     line = Line.from_env(os.environ)
+    os.environ.update(line.no_proxy_env(os.environ))
     source = resolve_source(data)
-    model = model or default_model(source)
-    line.prepare()
+    model = model or _model_of_shell(line, source) or default_model(source)
     bring_up(line)
+    if line.recorded_model() is None:
+        line.write_settings(model, source)
     job = ["-m", "jobs.pipeline", "--source", source, "--preset", preset, "--model", model]
     result = run_pipeline_job(line, job if serve else [*job, "--no-deploy"]).result
+    line.write_settings(model, source)
     if not serve:
         report = write_report(line, result)
         print(f"report: {report}")
@@ -68,6 +70,21 @@ def up(data: str, preset: str, model: str | None, *, serve: bool = True) -> Mapp
     await_versions(line, model, sorted(result["weights"]), sample)
     print(text(line, result, sample, seconds=time.monotonic() - start))
     return {**result, "url": line.serve_url, "env": str(line.home / "env")}
+
+
+def _model_of_shell(line: Line, source: str) -> str | None:
+    """Return RAYLINE_MODEL, unless it may only be what the line's env file says of other data."""
+    from lib.line.source import default_model
+
+    model = os.environ.get("RAYLINE_MODEL")
+    recorded = line.recorded_model()
+    if model and recorded and model == recorded[0] and source != recorded[1]:
+        raise ConfigError(
+            f"RAYLINE_MODEL={model} in this shell is the model of {recorded[1]}, and this is "
+            f"{source}: say which model is meant, with MODEL={model} or, of its own, "
+            f"MODEL={default_model(source)}"
+        )
+    return model
 
 
 def run_pipeline_job(line: Line, arguments: list[str]) -> Ended:

@@ -6,7 +6,8 @@ import os
 import random
 from pathlib import Path
 
-from lib.line.ports import OFFSET_VARIABLE, PORTS, is_free, read_ports, variable
+from lib.line import ports
+from lib.line.ports import OFFSET_VARIABLE, PORTS, variable
 
 OBJECT_STORE_BYTES = 300 * 2**20
 _GIVEN_BY_USER = (
@@ -58,8 +59,7 @@ def clean_env() -> dict[str, str]:
 def free_offset() -> int:
     """Return an offset at which every port of a line is free."""
     # Below 2,700 the replicas' ports stay under those that the system gives to clients.
-    candidates = random.SystemRandom().sample(range(101, 1700), 200)
-    for offset in candidates:
-        if all(is_free(port) for port in read_ports({OFFSET_VARIABLE: str(offset)}, {}).values()):
-            return offset
-    raise RuntimeError("no free ports for a line of the tests")
+    offset = ports.free_offset(random.SystemRandom().sample(range(101, 1700), 200))
+    if offset is None:
+        raise RuntimeError("no free ports for a line of the tests")
+    return offset

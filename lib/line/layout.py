@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from lib.config import MAX_BODY_BYTES, MLFLOW_SECRETS, STORAGE_SECRETS, is_loopback
@@ -57,6 +58,21 @@ _NOT_INHERITED = (
 )
 
 
+_NO_PROXY = ("no_proxy", "NO_PROXY")
+# For the env file, which can't know what the shell that reads it excepts from its proxy.
+_EXTEND_NO_PROXY = """\
+no_proxy="${{no_proxy:-${{NO_PROXY-}}}}"
+for rayline_host in {hosts}; do
+  case ",$no_proxy," in
+    *",$rayline_host,"* | ",*,") ;;
+    *) no_proxy="${{no_proxy:+$no_proxy,}}$rayline_host" ;;
+  esac
+done
+unset rayline_host
+export no_proxy NO_PROXY="$no_proxy"
+"""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
     """One line: what it runs itself, and what was given to it."""
@@ -84,13 +100,9 @@ class Line:
     def from_env(cls, env: Mapping[str, str]) -> Line:
         """Read the settings; what this line's own env file says is not taken as given by a user."""
         home = Path(env.get("RAYLINE_HOME") or PROJECT_ROOT / ".rayline").resolve()
-        try:
-            recorded = json.loads((home / "ports.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            recorded = {}
         line = cls(
             home=home,
-            ports=read_ports(env, recorded),
+            ports=read_ports(env, _read_json(home / "ports.json")),
             host=env.get("RAYLINE_HTTP_HOST") or None,
             ray_url=None,
             mlflow_url=None,
@@ -235,11 +247,27 @@ class Line:
             }
         return env
 
+    def no_proxy_env(self, env: Mapping[str, str]) -> dict[str, str]:
+        """Return what makes HTTP clients reach this machine past a proxy that `env` names.
+
+        Both spellings get the same value: of two that differ, clients do not read the same one.
+        """
+        given = env.get("no_proxy") or env.get("NO_PROXY") or ""
+        hosts = [host.strip() for host in given.split(",") if host.strip()]
+        if "*" not in hosts:
+            hosts += [host for host in self._own_hosts() if host not in hosts]
+        return dict.fromkeys(_NO_PROXY, ",".join(hosts))
+
+    def _own_hosts(self) -> list[str]:
+        host = [self.host] if self.host and self.host != "0.0.0.0" else []
+        return list(dict.fromkeys(["localhost", "127.0.0.1", "127.0.0.2", self.node_ip, *host]))
+
     def part_env(self, part: str) -> dict[str, str]:
         """Return the whole environment of a part: marked, and deaf to other clusters."""
         env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         env |= self.client_env()
         env.pop("RAY_ADDRESS", None)
+        env |= self.no_proxy_env(env)
         env["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
         env |= {LINE_VARIABLE: self.line_id, PART_VARIABLE: part}
         if part == "mlflow":
@@ -252,6 +280,8 @@ class Line:
         haproxy = f"{self.ray_temp_dir}/ha"
         return {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            # Ray's own limit, 30 s, is too short for a machine that is busy.
+            "RAY_gcs_server_port_wait_time_s": "120",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             # HAProxy that crashed answers again after 8 s (measured); with the default, after 33.
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
@@ -283,7 +313,7 @@ class Line:
         }
 
     def prepare(self) -> None:
-        """Make the folders, the token, and the file that a user's shell sources."""
+        """Make the folders and the token."""
         for folder in (self.home, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         Path(self.ray_temp_dir).mkdir(mode=0o700, exist_ok=True)
@@ -292,18 +322,42 @@ class Line:
         token = self.home / "auth_token"
         if not token.exists():
             _write(token, os.urandom(32).hex(), mode=0o600)
+
+    def recorded_ports(self) -> dict[str, int]:
+        """Return the ports that the line had when its parts were last started."""
+        return _read_json(self.home / "ports.json")
+
+    def recorded_model(self) -> tuple[str, str] | None:
+        """Return the model that the env file names and the source of its data."""
+        recorded = _read_json(self.home / "model.json")
+        return (recorded["model"], recorded["source"]) if recorded else None
+
+    def write_settings(self, model: str | None = None, source: str = "") -> None:
+        """Record the ports, the model if one is given, and write the file that a shell sources."""
         _write(self.home / "ports.json", json.dumps(dict(self.ports), indent=2) + "\n")
-        exports = [
-            f"export {name}={shlex.quote(value)}" for name, value in self.client_env().items()
-        ]
+        if model is not None:
+            recorded = {"model": model, "source": source}
+            _write(self.home / "model.json", json.dumps(recorded, indent=2) + "\n")
+        env = self.client_env()
+        if current := self.recorded_model():
+            env["RAYLINE_MODEL"] = current[0]
+        exports = [f"export {name}={shlex.quote(value)}\n" for name, value in env.items()]
+        exports.append(_EXTEND_NO_PROXY.format(hosts=" ".join(self._own_hosts())))
         path = shlex.quote(str(Path(sys.executable).parent))
-        exports.append(f'case ":$PATH:" in *:{path}:*) ;; *) export PATH={path}:"$PATH" ;; esac')
+        exports.append(f'case ":$PATH:" in *:{path}:*) ;; *) export PATH={path}:"$PATH" ;; esac\n')
         header = "# Written by `make up`; read it into a shell with:  . .rayline/env\n"
-        _write(self.home / "env", header + "\n".join(exports) + "\n")
+        _write(self.home / "env", header + "".join(exports))
 
     def port_variables(self) -> dict[str, str]:
         """Return the ports as the variables that set them."""
         return {variable(name): str(port) for name, port in self.ports.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
 
 
 def _write(path: Path, content: str, mode: int = 0o644) -> None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import re
+import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+
+import psutil
 
 from lib.cli import progress
 from lib.errors import LineError
@@ -22,9 +30,13 @@ from lib.line.processes import end, find
 from lib.serving.channel import channel_folder
 from lib.watch.alerts import rules
 
-_START_S = 120.0
+_START_S = 180.0
 _RECOVER_S = 5.0
 _SAY_EVERY_S = 10.0
+_MAX_LOG_BYTES = 8 * 2**20
+"""A part's log that is larger is put aside at the part's next start; one of these is kept."""
+_REVISION = re.compile(r"^(revision|down_revision) *= *['\"](\w+)['\"]", re.MULTILINE)
+_TOO_SLOW = re.compile(r"timed out|timeout", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,35 +64,80 @@ def parts(line: Line) -> list[Part]:
     return wanted
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A part that was started just now."""
+
+    part: Part
+    process: subprocess.Popen[bytes]
+    log: Path
+    offset: int
+    """Where in the log this start begins."""
+
+    def output(self) -> str:
+        """Return what the part has printed since this start."""
+        with open(self.log, "rb") as log:
+            log.seek(self.offset)
+            return log.read().decode(errors="replace")
+
+
 def bring_up(line: Line) -> list[str]:
     """Start the parts that are missing or dead, and wait for them; return which those were.
 
     Raises:
         LineError: A port is taken, or a part does not come up.
     """
-    missing = [part for part in parts(line) if not _is_up(line, part)]
-    for part in missing:
-        if num_ended := end(line.line_id, line.ray_temp_dir, part.name):
-            progress("up", f"{part.title} was not answering: ended its {num_ended} processes")
-    for part in missing:
-        check_free(line.ports, part.ports)
-    if any(part.name == "ray" for part in missing):
-        _tidy_ray(line)
-    if missing:
-        progress("up", f"starting {', '.join(part.title for part in missing)}")
-    started = [(part, _start(line, part)) for part in missing]
-    for part, process in started:
-        _await(line, part, process)
-    return [part.name for part in missing]
+    with _exclusive(line):
+        line.prepare()
+        missing = [part for part in parts(line) if not _is_up(line, part)]
+        # Before anything is ended: a port that was never this line's must be free already.
+        recorded = set(line.recorded_ports().values())
+        for part in missing:
+            new = [name for name in part.ports if line.ports[name] not in recorded]
+            check_free(line.ports, new)
+        for part in missing:
+            if num_ended := end(line.line_id, line.ray_temp_dir, part.name):
+                progress("up", f"{part.title} was not answering: ended its {num_ended} processes")
+        for part in missing:
+            check_free(line.ports, part.ports)
+        line.write_settings()
+        if any(part.name == "ray" for part in missing):
+            _tidy_ray(line)
+        if missing:
+            progress("up", f"starting {', '.join(part.title for part in missing)}")
+        if any(part.name == "mlflow" for part in missing):
+            _upgrade_database(line)
+        for start in [_start(line, part) for part in missing]:
+            if not _comes_up(start):
+                raise _failure(start)
+        return [part.name for part in missing]
 
 
 def take_down(line: Line) -> int:
     """End everything that the line started; return how many processes that were."""
-    ended = end(line.line_id, line.ray_temp_dir)
+    with _exclusive(line) if line.home.exists() else contextlib.nullcontext():
+        ended = end(line.line_id, line.ray_temp_dir)
     if line.ray_url is None:
         cluster = f"{line.node_ip}:{line.ports['ray']}"
         shutil.rmtree(channel_folder(cluster), ignore_errors=True)
     return ended
+
+
+@contextlib.contextmanager
+def _exclusive(line: Line) -> Iterator[None]:
+    """Hold the line's lock: of those that start or end its parts, one works at a time."""
+    line.home.mkdir(parents=True, exist_ok=True)
+    with open(line.home / "lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            progress("line", f"{lock.read()} starts or ends parts of this line: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} ({' '.join(sys.orig_argv[1:])})")
+        lock.flush()
+        yield
 
 
 def answers(url: str, timeout_s: float = 5.0) -> bool:
@@ -94,7 +151,7 @@ def answers(url: str, timeout_s: float = 5.0) -> bool:
 
 def _ray(line: Line) -> Part:
     command = [
-        _program("ray"),
+        *_module("ray.scripts.scripts"),
         "start",
         "--head",
         "--disable-usage-stats",
@@ -136,12 +193,12 @@ def _mlflow(line: Line) -> Part:
         name="mlflow",
         title="MLflow",
         command=(
-            _program("mlflow"),
+            *_module("mlflow"),
             "server",
             "--host=127.0.0.1",
             f"--port={port}",
             "--workers=1",
-            f"--backend-store-uri=sqlite:///{line.home / 'mlflow.db'}",
+            f"--backend-store-uri=sqlite:///{_database(line)}",
             f"--artifacts-destination={line.home / 'artifacts'}",
         ),
         health_urls=(f"http://127.0.0.1:{port}/health",),
@@ -166,9 +223,17 @@ def _prometheus(line: Line) -> Part:
     )
 
 
-def _program(name: str) -> str:
-    """Return a program of this virtual environment, activated or not."""
-    return str(Path(sys.executable).with_name(name))
+def _module(name: str) -> list[str]:
+    """Return the command of a program of this virtual environment.
+
+    Not by its script in bin: that names the interpreter by a path that is wrong once the checkout
+    has moved.
+    """
+    return [sys.executable, "-P", "-m", name]
+
+
+def _database(line: Line) -> Path:
+    return line.home / "mlflow.db"
 
 
 def _write_prometheus_config(line: Line) -> None:
@@ -195,23 +260,45 @@ def _write_prometheus_config(line: Line) -> None:
 
 
 def _is_up(line: Line, part: Part) -> bool:
-    """Whether the part runs and answers; one that is busy gets a moment."""
-    if not find(line.line_id, line.ray_temp_dir, part.name):
+    """Whether the part runs and answers; one that is starting gets the time that a start has."""
+    processes = find(line.line_id, line.ray_temp_dir, part.name)
+    if not processes:
         return False
+    if _wait(lambda: _is_healthy(part), _RECOVER_S):
+        return True
+    if not _is_starting(part, processes):
+        return False
+    progress("up", f"{part.title} is being started already: waiting for it")
+    _wait(lambda: _is_healthy(part) or not _is_starting(part, processes), _START_S)
     return _wait(lambda: _is_healthy(part), _RECOVER_S)
+
+
+def _is_starting(part: Part, processes: Iterable[psutil.Process]) -> bool:
+    """Whether the part's own command runs since less than a start may take."""
+    for process in processes:
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.cmdline() == [*part.command]:
+                return time.time() - process.create_time() < _START_S
+        except psutil.Error:
+            continue
+    return False
 
 
 def _is_healthy(part: Part) -> bool:
     return all(answers(url) for url in part.health_urls)
 
 
-def _start(line: Line, part: Part) -> subprocess.Popen[bytes]:
+def _start(line: Line, part: Part) -> _Start:
     if part.name == "prometheus":
         _write_prometheus_config(line)
-    with open(line.logs / f"{part.name}.log", "ab") as log:
-        log.write(f"\n--- {time.strftime('%Y-%m-%d %H:%M:%S')} {part.command[0]}\n".encode())
+    path = line.logs / f"{part.name}.log"
+    if path.exists() and path.stat().st_size > _MAX_LOG_BYTES:
+        path.replace(path.with_suffix(".log.1"))
+    with open(path, "ab") as log:
+        offset = log.tell()
+        log.write(f"\n--- {time.strftime('%Y-%m-%d %H:%M:%S')} {part.name}\n".encode())
         log.flush()
-        return subprocess.Popen(
+        process = subprocess.Popen(
             part.command,
             cwd=line.home,
             env=line.part_env(part.name),
@@ -221,24 +308,106 @@ def _start(line: Line, part: Part) -> subprocess.Popen[bytes]:
             # Ctrl-C in the terminal ends `make up`, not what is already running.
             start_new_session=True,
         )
+    return _Start(part, process, path, offset)
 
 
-def _await(line: Line, part: Part, process: subprocess.Popen[bytes]) -> None:
-    start = said = time.monotonic()
+def _comes_up(started: _Start) -> bool:
+    """Wait until a part answers; return whether it did."""
+    part, start = started.part, time.monotonic()
+    last_message = start
 
     def settled() -> bool:
-        nonlocal said
-        if time.monotonic() - said > _SAY_EVERY_S:
-            said = time.monotonic()
+        nonlocal last_message
+        if time.monotonic() - last_message > _SAY_EVERY_S:
+            last_message = time.monotonic()
             progress("up", f"waiting for {part.title}")
-        return _is_healthy(part) or process.poll() not in {None, 0}
+        return _is_healthy(part) or started.process.poll() not in {None, 0}
 
-    if _wait(settled, _START_S) and _is_healthy(part):
-        progress("up", f"{part.title} is up after {time.monotonic() - start:.0f} s")
+    if not (_wait(settled, _START_S) and _is_healthy(part)):
+        return False
+    progress("up", f"{part.title} is up after {time.monotonic() - start:.0f} s")
+    return True
+
+
+def _failure(start: _Start) -> LineError:
+    output = start.output()
+    hint = ""
+    if start.part.name == "ray" and _TOO_SLOW.search(output):
+        hint = "; on a machine that is busy it may come up if you run `make up` again"
+    tail = "\n".join(output.splitlines()[-15:])
+    return LineError(
+        f"{start.part.title} did not come up{hint}; the end of its log {start.log}:\n{tail}"
+    )
+
+
+def _upgrade_database(line: Line) -> None:
+    """Bring the schema of MLflow's database to what this MLflow expects, after a copy.
+
+    MLflow itself refuses an older schema, or, where tables are missing, upgrades without a copy.
+
+    Raises:
+        LineError: MLflow can't upgrade it.
+    """
+    database = _database(line)
+    found, expected = _revision(database), _newest_revision()
+    if found in {None, expected}:
         return
-    log = line.logs / f"{part.name}.log"
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-    raise LineError(f"{part.title} did not come up; the end of its log {log}:\n{tail}")
+    copy = database.with_name(f"{database.name}.before-{expected}")
+    if copy.exists():
+        # Of an upgrade that failed, or of one that was gone back on: neither is overwritten.
+        copy = copy.with_name(f"{copy.name}-{time.strftime('%Y%m%d%H%M%S')}")
+    progress("up", f"MLflow's database has schema {found}: upgrading it to {expected}")
+    partial = copy.with_name(f"{copy.name}.partial")
+    with (
+        contextlib.closing(sqlite3.connect(database)) as source,
+        contextlib.closing(sqlite3.connect(partial)) as target,
+    ):
+        source.backup(target)
+    partial.replace(copy)
+    done = subprocess.run(
+        [*_module("mlflow"), "db", "upgrade", f"sqlite:///{database}"],
+        cwd=line.home,
+        env=line.part_env("mlflow"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        tail = "\n".join((done.stdout + done.stderr).splitlines()[-10:])
+        raise LineError(
+            f"MLflow can't upgrade {database} from schema {found} to {expected}. As it was before "
+            f"it is kept in {copy}: to go back, `mv {shlex.quote(str(copy))} "
+            f"{shlex.quote(str(database))}` and check out the commit that it worked with. The end "
+            f"of MLflow's output:\n{tail}"
+        )
+    progress("up", f"MLflow's database is upgraded; {copy} is how it was before")
+
+
+def _revision(database: Path) -> str | None:
+    """Return the revision of an MLflow database's schema; None if it has none yet."""
+    if not database.exists():
+        return None
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        try:
+            row = connection.execute("select version_num from alembic_version").fetchone()
+        except sqlite3.Error:  # MLflow says what is wrong with it.
+            return None
+    return str(row[0]) if row else None
+
+
+def _newest_revision() -> str:
+    """Return the revision that this MLflow expects: the one that no other follows."""
+    package = find_spec("mlflow")
+    assert package is not None
+    folder = (package.submodule_search_locations or [])[0]
+    revisions: set[str] = set()
+    followed: set[str] = set()
+    # Read as text: Alembic would import MLflow for it, which takes 3 s.
+    for file in (Path(folder) / "store" / "db_migrations" / "versions").glob("*.py"):
+        for word, value in _REVISION.findall(file.read_text()):
+            (revisions if word == "revision" else followed).add(value)
+    (newest,) = revisions - followed
+    return newest
 
 
 def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:

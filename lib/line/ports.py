@@ -111,13 +111,12 @@ def read_ports(env: Mapping[str, str], recorded: Mapping[str, int]) -> dict[str,
                 f"port {ports[name]} ({port.use}) is out of range; change {variable(name)} or "
                 f"{OFFSET_VARIABLE}"
             )
-    by_number: dict[int, str] = {}
     for name, number in ports.items():
-        other = by_number.setdefault(number, name)
-        if other != name:
-            raise ConfigError(
-                f"port {number} is given to both {variable(other)} and {variable(name)}"
-            )
+        for other, first in ports.items():
+            if name != other and first <= number < first + (RANGE_SIZE if other in _RANGES else 1):
+                raise ConfigError(
+                    f"port {number} is given to both {variable(name)} and {variable(other)}"
+                )
     return ports
 
 
@@ -128,9 +127,28 @@ def check_free(ports: Mapping[str, int], names: Iterable[str]) -> None:
             continue
         raise LineError(
             f"port {ports[name]} ({PORTS[name].use}) is taken by {holder(ports[name])}; end that, "
-            f"or set {variable(name)} to a free port, or move all ports of the line with "
-            f"{OFFSET_VARIABLE}=1000"
+            f"or set {variable(name)} to a free port{_or_offset()}"
         )
+
+
+def free_offset(candidates: Iterable[int]) -> int | None:
+    """Return the first offset at which every port of a line is free; None if there is none."""
+    for offset in candidates:
+        ports = read_ports({OFFSET_VARIABLE: str(offset)}, {})
+        if all(map(is_free, ports.values())):
+            return offset
+    return None
+
+
+def _or_offset() -> str:
+    # Thousands first: with them the replicas' ports of two lines do not overlap.
+    largest = 65535 - max(port.default for port in PORTS.values())
+    offset = free_offset([*range(1000, largest, 1000), *range(100, largest, 100)])
+    if offset is None:
+        return ""
+    return (
+        f", or move all ports of the line with {OFFSET_VARIABLE}={offset}, where all are free now"
+    )
 
 
 def is_free(port: int) -> bool:

