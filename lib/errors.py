@@ -55,6 +55,10 @@ class StorageError(RaylineError):
     exit_code = AWAY
 
 
+class MissingError(StorageError):
+    """A file is not there."""
+
+
 class SearchError(RaylineError):
     """A sweep ended without a usable trial."""
 

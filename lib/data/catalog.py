@@ -43,7 +43,7 @@ class Entry:
 def catalog(storage: Storage) -> list[Entry]:
     """Return every data set, the newest first."""
     paths = [path for path in storage.list(_SETS) if path.endswith(".json")]
-    infos = storage.filesystem.get_file_info([storage.path(path) for path in paths])
+    infos = storage.infos(paths)
     entries = [
         Entry(manifest=Manifest.from_json(storage.read_json(path)), created=_time(info.mtime))
         for path, info in zip(paths, infos, strict=True)

@@ -135,8 +135,7 @@ def _known(storage: Storage, key_path: str) -> Manifest | None:
 
 def missing_shards(storage: Storage, manifest: Manifest) -> list[str]:
     """Return the shards that are not there, or not of their size."""
-    paths = [storage.path(shard.path) for shard in manifest.shards]
-    infos = storage.filesystem.get_file_info(paths)
+    infos = storage.infos([shard.path for shard in manifest.shards])
     return [
         shard.path
         for shard, info in zip(manifest.shards, infos, strict=True)

@@ -110,7 +110,7 @@ class ShardReader:
 
 def check_shards(storage: Storage, manifest: Manifest, shards: Sequence[Shard]) -> None:
     """Raise DataError naming the first shard that is missing or of another size."""
-    infos = storage.filesystem.get_file_info([storage.path(shard.path) for shard in shards])
+    infos = storage.infos([shard.path for shard in shards])
     for shard, info in zip(shards, infos, strict=True):
         if not info.is_file:
             raise _damaged(storage, manifest, f"{shard.path} is missing")

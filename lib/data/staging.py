@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-
-import pyarrow.fs as pafs
 
 from lib.errors import StorageError
 from lib.storage import Storage
@@ -38,14 +37,15 @@ class Staging:
         traceback: TracebackType | None,
     ) -> None:
         """Remove the folder."""
-        _remove(self.storage, self._folder)
+        self.storage.delete_folder(self._folder)
 
     def add(self, name: str, pieces: Iterable[bytes | memoryview], size_bytes: int) -> str:
         """Write a file piece by piece and return its path relative to the storage root."""
         check_free_space(self.storage, size_bytes)
         relative = f"{self._folder}/{name}"
         try:
-            self.storage.filesystem.create_dir(self.storage.path(self._folder), recursive=True)
+            if self.storage.is_local:
+                os.makedirs(self.storage.path(self._folder), exist_ok=True)
             with self.storage.filesystem.open_output_stream(self.storage.path(relative)) as file:
                 for piece in pieces:
                     file.write(piece)
@@ -70,16 +70,9 @@ def check_free_space(storage: Storage, needed_bytes: int) -> None:
         )
 
 
-def _remove(storage: Storage, folder: str) -> None:
-    info = storage.filesystem.get_file_info(storage.path(folder))
-    if info.type == pafs.FileType.Directory:
-        storage.filesystem.delete_dir(storage.path(folder))
-
-
 def _remove_stale(storage: Storage, before_s: float) -> None:
-    selector = pafs.FileSelector(storage.path(STAGING), allow_not_found=True, recursive=True)
     newest: dict[str, float] = {}
-    for info in storage.filesystem.get_file_info(selector):
+    for info in storage.walk(STAGING, recursive=True):
         relative = info.path[len(storage.root) + 1 :].removeprefix(f"{STAGING}/")
         folder = f"{STAGING}/{relative.partition('/')[0]}"
         # Object stores give folders no time: the files in them decide.
@@ -87,4 +80,4 @@ def _remove_stale(storage: Storage, before_s: float) -> None:
         newest[folder] = max(newest.get(folder, 0.0), modified_s)
     for folder, modified_s in newest.items():
         if modified_s < before_s:
-            _remove(storage, folder)
+            storage.delete_folder(folder)

@@ -29,8 +29,8 @@ def write_sample(line: Line, data_digest: str) -> Path:
     storage = Storage(line.storage)
     manifest = load_manifest(storage, data_digest)
     shard = next(shard for shard in manifest.shards if shard.split == "test")
-    with storage.filesystem.open_input_file(storage.path(shard.path)) as stream:
-        pixels = pq.ParquetFile(stream).read_row_group(0, columns=["image"])["image"][0].as_py()
+    file = pq.ParquetFile(BytesIO(storage.read(shard.path)))
+    pixels = file.read_row_group(0, columns=["image"])["image"][0].as_py()
     mode = "L" if manifest.channels == 1 else "RGB"
     picture = Image.frombytes(mode, (manifest.width, manifest.height), pixels)
     buffer = BytesIO()

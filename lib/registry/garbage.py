@@ -19,7 +19,7 @@ from lib.cli import progress
 from lib.config import Settings
 from lib.errors import RaylineError, ServingError
 from lib.registry.models import MODEL_NAME_TAG, logged_model_id
-from lib.registry.removal import artifact_bytes, remove_artifacts, remove_folder, remove_model
+from lib.registry.removal import artifact_bytes, remove_artifacts, remove_model
 from lib.registry.server import connect, explained
 from lib.serving import policy
 from lib.serving.bundle import bundle_path
@@ -196,7 +196,7 @@ class Collector:
 
     def _folder(self, kind: str, path: str, why: str, size_bytes: int) -> Garbage:
         def remove() -> None:
-            remove_folder(self.storage, path)
+            self.storage.delete_folder(path)
 
         return Garbage(kind=kind, what=path, why=why, size_bytes=size_bytes, remove=remove)
 
@@ -207,12 +207,10 @@ class Collector:
         return Garbage(kind=kind, what=path, why=why, size_bytes=size_bytes, remove=remove)
 
     def _files(self, folder: str, *, hidden: bool = False) -> dict[str, pafs.FileInfo]:
-        base = self.storage.path(folder).rstrip("/")
-        selector = pafs.FileSelector(base, allow_not_found=True, recursive=True)
         prefix = len(self.storage.root) + 1
         return {
             info.path[prefix:]: info
-            for info in self.storage.filesystem.get_file_info(selector)
+            for info in self.storage.walk(folder, recursive=True)
             if info.type == pafs.FileType.File
             and (hidden or not info.base_name.startswith(".tmp-"))
         }

@@ -54,7 +54,7 @@ def delete(
             return result
         # So that an interrupted delete leaves no version that looks whole.
         client.set_model_version_tag(version.name, str(version.version), READY_TAG, "false")
-        remove_folder(storage, version.bundle)
+        storage.delete_folder(version.bundle)
         remove_model(client, settings, model_id, location)
         client.delete_model_version(version.name, str(version.version))
     progress("models", f"{version.name} version {version.version} is deleted")
@@ -119,13 +119,3 @@ def artifact_bytes(settings: Settings, location: str) -> int:
             else:
                 total += found.file_size or 0
     return total
-
-
-def remove_folder(storage: Storage, relative: str) -> None:
-    """Delete a folder below the storage root; one that is gone is no error."""
-    try:
-        storage.filesystem.delete_dir(storage.path(relative))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise storage.failure(relative, error) from error

@@ -32,7 +32,7 @@ def read_samples(storage: Storage, data_digest: str) -> list[dict[str, str]]:
     try:
         manifest = load_manifest(storage, data_digest)
         pixels = _one_a_class(storage, manifest)
-    except (DataError, StorageError, FileNotFoundError):
+    except (DataError, StorageError, OSError):
         return []
     return [
         asdict(Sample(manifest.class_names[label], _png(manifest, pixels[label])))

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,8 @@ from lib.errors import SearchError, StorageError
 from lib.storage import Storage
 
 Event = Mapping[str, Any]
+_READERS = 16
+"""At once, of events in an object store: a sweep has thousands, each two requests."""
 
 
 class Journal:
@@ -40,7 +43,8 @@ class Journal:
             self._open_file()
         else:
             names = self._storage.list(self._folder)
-            self.events = [self._storage.read_json(name) for name in names]
+            with ThreadPoolExecutor(_READERS) as readers:
+                self.events = list(readers.map(self._storage.read_json, names))
             self._next = 1 + max((int(PurePosixPath(name).stem) for name in names), default=0)
 
     def append(self, event: Event, *, durable: bool = False) -> None:
@@ -89,18 +93,19 @@ class Journal:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             # Freed by the kernel with the process, however that ends.
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(path, "rb") as stream:
+                content = stream.read()
+            # The last line may have been cut off with the process that wrote it.
+            self._size = content.rfind(b"\n") + 1
+            os.ftruncate(self._descriptor, self._size)
         except BlockingIOError as error:
             self.close()
             raise SearchError(
                 f"another process runs the sweep of {path}; wait for it, or end it first"
             ) from error
         except OSError as error:
+            self.close()
             raise self._storage.failure(f"{self._folder}.jsonl", error) from error
-        with open(path, "rb") as stream:
-            content = stream.read()
-        # The last line may have been cut off with the process that wrote it.
-        self._size = content.rfind(b"\n") + 1
-        os.ftruncate(self._descriptor, self._size)
         try:
             self.events = [json.loads(line) for line in content[: self._size].splitlines()]
         except json.JSONDecodeError as error:

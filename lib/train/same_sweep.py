@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pyarrow.fs as fs
-
 from lib.cli import progress
 from lib.config import Settings
 from lib.errors import RegistryError, SearchError
@@ -39,15 +37,12 @@ def resume_same_sweep(
 
 def same_sweeps(storage: Storage, spec: object) -> list[str]:
     """Return the sweeps of this spec, the newest first."""
-    selector = fs.FileSelector(storage.path("sweeps"), allow_not_found=True)
     found = []
-    for info in storage.filesystem.get_file_info(selector):
-        path = f"sweeps/{info.base_name}/sweep.json"
-        if info.type != fs.FileType.Directory or not storage.exists(path):
-            continue
-        if storage.read_json(path) == spec:
-            written = storage.filesystem.get_file_info(storage.path(path)).mtime
-            found.append((written, info.base_name))
+    for folder in storage.folders("sweeps"):
+        path = f"{folder}/sweep.json"
+        (info,) = storage.infos([path])
+        if info.is_file and storage.read_json(path) == spec:
+            found.append((info.mtime, folder.removeprefix("sweeps/")))
     return [name for _, name in sorted(found, reverse=True)]
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import pyarrow.fs as fs
 from ray import tune
 
 from lib.cli import progress as say
@@ -239,11 +238,9 @@ class Session:
 
     def _tidy(self) -> None:
         """Delete what is in MLflow now; the journal stays."""
-        filesystem = self._storage.filesystem
-        selector = fs.FileSelector(self._storage.path(self._folder), allow_not_found=True)
-        for info in filesystem.get_file_info(selector):
-            if info.type == fs.FileType.Directory and info.base_name != "journal":
-                filesystem.delete_dir(info.path)
+        for folder in self._storage.folders(self._folder):
+            if not folder.endswith("/journal"):
+                self._storage.delete_folder(folder)
 
 
 def _quiet_tune() -> None:

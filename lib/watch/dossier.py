@@ -181,8 +181,7 @@ def manifests_of(storage: Storage, digest: str) -> tuple[list[dict[str, Any]], i
         except DataError:
             break
         if not found:
-            paths = [storage.path(shard.path) for shard in manifest.shards]
-            infos = storage.filesystem.get_file_info(paths)
+            infos = storage.infos([shard.path for shard in manifest.shards])
             num_missing = sum(not info.is_file for info in infos)
         content = {**manifest.to_json(), "num_shards": len(manifest.shards)}
         del content["shards"], content["live_shards"]

@@ -178,7 +178,7 @@ class Monitor:
 
     def _registered_s(self, traffic: ModelTraffic) -> float | None:
         path = f"{traffic.bundles[traffic.champion]}/{CARD_FILE}"
-        (info,) = self.storage.filesystem.get_file_info([self.storage.path(path)])
+        (info,) = self.storage.infos([path])
         return float(info.mtime.timestamp()) if info.mtime else None
 
     def _quality(

@@ -187,8 +187,11 @@ def _named(live: bool, images: str) -> str:
 
 
 def _labels(storage: Storage, path: str) -> npt.NDArray[np.int64]:
-    with storage.filesystem.open_input_file(storage.path(path)) as file:
-        labels: npt.NDArray[np.int64] = pq.read_table(file, columns=["label"])["label"].to_numpy()
+    def read() -> pa.Table:
+        with storage.filesystem.open_input_file(storage.path(path)) as file:
+            return pq.read_table(file, columns=["label"])
+
+    labels: npt.NDArray[np.int32] = storage.attempt("read", path, read)["label"].to_numpy()
     return labels.astype(np.int64)
 
 

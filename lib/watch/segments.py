@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lib.errors import MissingError
 from lib.storage import Storage
 
 SPAN_US = 300 * 10**6
@@ -99,11 +100,14 @@ def read_segments(
     loaded = list(dict.fromkeys(["time_us", *wanted]))
     paths = list(_paths(storage, root, start_us, end_us))
 
+    def read(path: str) -> pa.Table:
+        with storage.filesystem.open_input_file(storage.path(path)) as stream:
+            return pq.ParquetFile(stream).read(loaded, use_threads=False)
+
     def load(path: str) -> pa.Table | None:
         try:
-            with storage.filesystem.open_input_file(storage.path(path)) as stream:
-                rows = pq.ParquetFile(stream).read(loaded, use_threads=False)
-        except FileNotFoundError:
+            rows = storage.attempt("read", path, lambda: read(path))
+        except MissingError:
             # Its time of being kept ended since the folder was listed.
             return None
         times = rows["time_us"]

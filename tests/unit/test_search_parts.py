@@ -397,28 +397,6 @@ def test_a_journal_loses_its_torn_last_line_and_nothing_else(storage: Storage) -
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["a", "b", "d"]
 
 
-def test_a_journal_of_objects_overwrites_nothing_after_a_failed_write(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Storage, "is_local", property(lambda self: False))
-    write = Storage.write
-    with Journal(storage, "sweep") as journal:
-        journal.append({"event": "a"})
-        with monkeypatch.context() as patch:
-            patch.setattr(Storage, "write", lambda *_: (_ for _ in ()).throw(StorageError("full")))
-            with pytest.raises(StorageError):
-                journal.append({"event": "lost"})
-        journal.append({"event": "b"})
-    assert Storage.write is write
-    # As one that was written before numbers were kept dense left it.
-    storage.delete("sweep/journal/00000001.json")
-    for event in ("c", "d"):
-        with Journal(storage, "sweep") as journal:
-            journal.append({"event": event})
-    with Journal(storage, "sweep") as journal:
-        assert [event["event"] for event in journal.events] == ["b", "c", "d"]
-
-
 def test_one_process_at_a_time_has_a_journal(storage: Storage) -> None:
     with Journal(storage, "sweep"), pytest.raises(SearchError, match="another process runs"):
         Journal(storage, "sweep")
