@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from lib.data.checks import Labels, check_class_names, check_same_shape
 from lib.data.manifest import SPLITS, Ignored
-from lib.data.pictures import DECODE_ERRORS, MODE_CHANNELS, decode
-from lib.data.readers import PictureReader
+from lib.data.pictures import DECODE_ERRORS, MODE_CHANNELS, SIXTEEN_BIT, decode
+from lib.data.readers import PictureReader, checked_range, merged_range
 from lib.data.sources import (
     CLASSES_FILE,
     SPLIT_WORDS,
@@ -97,35 +98,51 @@ class FolderSource:
         )
 
     def open(self, staging: Staging) -> Opened:
-        """Decode the first picture of each split, which sets size and colour mode."""
-        readers, shapes = {}, {}
+        """Decode the first picture of each split: the first sets colour mode and size of all."""
+        shapes, modes = {}, {}
         for split, rows in self.files.items():
             if not rows:
                 raise DataError(f"{self.name}: {split} holds no {', '.join(SUFFIXES)} files")
             first = rows[0][0]
             try:
-                pixels, mode = decode(self.root.read(first))
+                pixels, modes[first] = decode(self.root.read(first))
             except DECODE_ERRORS as error:
                 raise DataError(
                     f"{first}: unreadable picture: {error}; repair or remove it"
                 ) from error
-            shapes[first] = (pixels.shape[0], pixels.shape[1], MODE_CHANNELS[mode])
-            readers[split] = PictureReader(
-                root=self.root, paths=tuple(path for path, _ in rows), mode=mode, mode_from=first
-            )
+            shapes[first] = (pixels.shape[0], pixels.shape[1], MODE_CHANNELS[modes[first]])
         check_same_shape(shapes)
+        mode_from, mode = next(iter(modes.items()))
+        grey_range = self._grey_range() if mode == SIXTEEN_BIT else None
         splits = tuple(
             SplitRows(
                 split=split,
                 labels=_labels(rows),
-                reader=readers[split],
+                reader=PictureReader(
+                    root=self.root,
+                    paths=tuple(path for path, _ in rows),
+                    mode=mode,
+                    mode_from=mode_from,
+                    grey_range=grey_range,
+                ),
                 labels_name=f"{self.name}/{split}" if len(self.files) > 1 else self.name,
             )
             for split, rows in self.files.items()
         )
         return Opened(
-            class_names=self.class_names, shape=next(iter(shapes.values())), splits=splits
+            class_names=self.class_names,
+            shape=next(iter(shapes.values())),
+            splits=splits,
+            grey_range=grey_range,
         )
+
+    def _grey_range(self) -> tuple[int, int]:
+        """Read all pictures once more, for the range of their values."""
+        paths = [path for rows in self.files.values() for path, _ in rows]
+        with ThreadPoolExecutor() as pool:
+            return merged_range(
+                pool.map(lambda path: checked_range(path, self.root.read(path)), paths)
+            )
 
 
 def pictures_in_folders(listing: Listing) -> list[str]:

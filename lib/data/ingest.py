@@ -94,6 +94,9 @@ def ingest_source(
     progress("ingest", f"reading {source.name} ({len(source.digests)} files or folders hashed)")
     with Staging(storage) as staging:
         opened = source.open(staging)
+        if opened.grey_range:
+            low, high = opened.grey_range
+            progress("ingest", f"16-bit pictures: their values {low}–{high} become 0–255")
         assigned = assign(opened, config)
         results, ids = _process(storage, _chunks(opened, assigned))
     with ThreadPoolExecutor(1) as beside:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,9 @@ import pyarrow.parquet as pq
 
 from lib.data.checks import Labels, check_class_names, check_labels, check_same_shape
 from lib.data.manifest import Ignored
-from lib.data.parquet_reader import IMAGE, ParquetReader, Piece, StagedReader, opened, pictures
-from lib.data.pictures import DECODE_ERRORS, MODE_CHANNELS, decode
-from lib.data.readers import RawReader, Reader, Shape
+from lib.data.parquet_reader import IMAGE, ParquetReader, Piece, StagedReader, encoded, opened
+from lib.data.pictures import DECODE_ERRORS, MODE_CHANNELS, SIXTEEN_BIT, decode
+from lib.data.readers import RawReader, Reader, Shape, checked_range, merged_range
 from lib.data.shards import chunk_rows
 from lib.data.sources import (
     CLASSES_FILE,
@@ -38,6 +39,9 @@ from lib.storage import Storage
 
 LABEL = "label"
 SHAPE_METADATA = b"rayline.shape"
+_RAW_MODES = {1: "L", 3: "RGB"}
+"""Channels of raw pixels → mode."""
+_RANGE_ROWS = 256
 _MAX_CHUNKS_PER_GROUP = 4
 """A task decodes a row group from its start: larger ones are unpacked once instead."""
 
@@ -106,9 +110,10 @@ class ParquetSource:
     def open(self, staging: Staging) -> Opened:
         """Read heads and labels; unpack files whose row groups are too large for a task."""
         heads = {path: _head(self.root, path) for paths in self.files.values() for path in paths}
-        shapes = {path: _shape(self.root, path, head) for path, head in heads.items()}
-        check_same_shape(shapes)
-        shape = next(iter(shapes.values()))
+        kinds = {path: _kind(self.root, path, head) for path, head in heads.items()}
+        check_same_shape({path: shape for path, (shape, _) in kinds.items()})
+        shape, mode = next(iter(kinds.values()))
+        grey_range = self._grey_range() if mode == SIXTEEN_BIT else None
         columns = {path: self._label_column(path) for path in heads}
         class_names, classes_from = self.class_names, CLASSES_FILE
         if class_names is None:
@@ -119,10 +124,14 @@ class ParquetSource:
             path: _labels(path, column, class_names, classes_from)
             for path, column in columns.items()
         }
-        readers = {split: self._reader(split, heads, shape, staging) for split in self.files}
+        readers = {
+            split: self._reader(split, heads, shape, mode, grey_range, staging)
+            for split in self.files
+        }
         return Opened(
             class_names=class_names,
             shape=shape,
+            grey_range=grey_range,
             splits=tuple(
                 SplitRows(
                     split=split,
@@ -143,8 +152,28 @@ class ParquetSource:
             raise DataError(f"{path}: row {row}: no label; remove the row or give it one")
         return column
 
+    def _grey_range(self) -> tuple[int, int]:
+        """Read all pictures once more, for the range of their values."""
+        ranges = []
+        with ThreadPoolExecutor() as pool:
+            for path in (path for paths in self.files.values() for path in paths):
+                row = 0
+                with opened(self.root, path) as file:
+                    for batch in file.iter_batches(batch_size=_RANGE_ROWS, columns=[IMAGE]):
+                        bodies = encoded(batch.column(0)).to_pylist()
+                        names = [f"{path}: row {row + index}" for index in range(len(bodies))]
+                        ranges.append(merged_range(pool.map(checked_range, names, bodies)))
+                        row += len(bodies)
+        return merged_range(ranges)
+
     def _reader(
-        self, split: str, heads: Mapping[str, pq.FileMetaData], shape: Shape, staging: Staging
+        self,
+        split: str,
+        heads: Mapping[str, pq.FileMetaData],
+        shape: Shape,
+        mode: str,
+        grey_range: tuple[int, int] | None,
+        staging: Staging,
     ) -> Reader:
         pieces = []
         for path in self.files[split]:
@@ -153,28 +182,28 @@ class ParquetSource:
                 rows = heads[path].row_group(group).num_rows
                 pieces.append(Piece(path=path, group=group, file_row=row, start=0, stop=rows))
                 row += rows
-        mode = {channels: mode for mode, channels in MODE_CHANNELS.items()}[shape[2]]
-        reader = ParquetReader(root=self.root, pieces=tuple(pieces), mode=mode)
+        reader = ParquetReader(
+            root=self.root, pieces=tuple(pieces), mode=mode, grey_range=grey_range
+        )
         largest = max((piece.stop for piece in pieces), default=0)
         if largest <= _MAX_CHUNKS_PER_GROUP * chunk_rows(shape):
             return reader
         rows = sum(piece.stop for piece in pieces)
         path = staging.add(
-            f"{split}-images", self._unpack(split, shape), rows * int(np.prod(shape))
+            f"{split}-images", self._unpack(reader, shape), rows * int(np.prod(shape))
         )
         raw = RawReader(
             name=path, root=staging.storage, path=path, offset_bytes=0, start=0, stop=rows
         )
         return StagedReader(raw=raw, names=reader)
 
-    def _unpack(self, split: str, shape: Shape) -> Iterator[memoryview]:
+    def _unpack(self, reader: ParquetReader, shape: Shape) -> Iterator[memoryview]:
         rows = chunk_rows(shape)
-        mode = {channels: mode for mode, channels in MODE_CHANNELS.items()}[shape[2]]
-        for path in self.files[split]:
+        for path in dict.fromkeys(piece.path for piece in reader.pieces):
             row = 0
             with opened(self.root, path) as file:
                 for batch in file.iter_batches(batch_size=rows, columns=[IMAGE]):
-                    images = pictures(batch.column(0), shape, mode, path, row)
+                    images = reader.decoded(batch.column(0), shape, path, row)
                     yield images.reshape(-1).data
                     row += batch.num_rows
 
@@ -213,27 +242,32 @@ def _head(root: Storage, path: str) -> pq.FileMetaData:
         return file.metadata
 
 
-def _shape(root: Storage, path: str, head: pq.FileMetaData) -> Shape:
-    """Return what the schema says, or what the first picture is."""
+def _kind(root: Storage, path: str, head: pq.FileMetaData) -> tuple[Shape, str]:
+    """Return shape and mode, by the schema or by the first picture."""
     schema = head.schema.to_arrow_schema()
     kind = schema.field(IMAGE).type
     if not pa.types.is_fixed_size_binary(kind):
         return _first_picture(root, path)
     said = (schema.metadata or {}).get(SHAPE_METADATA)
     if said is not None:
-        height, width, channels = (int(side) for side in said.split(b","))
-        return (height, width, channels)
-    for channels in MODE_CHANNELS.values():
+        sides = [int(side) for side in said.split(b",") if side.isdigit()]
+        if len(sides) == 3 and sides[2] in _RAW_MODES and math.prod(sides) == kind.byte_width:
+            return (sides[0], sides[1], sides[2]), _RAW_MODES[sides[2]]
+        raise DataError(
+            f"{path}: {SHAPE_METADATA.decode()}={said.decode(errors='replace')} does not describe "
+            f"its images of {kind.byte_width} bytes; write HEIGHT,WIDTH,1 or HEIGHT,WIDTH,3"
+        )
+    for channels, mode in _RAW_MODES.items():
         side = math.isqrt(kind.byte_width // channels)
         if side * side * channels == kind.byte_width:
-            return (side, side, channels)
+            return (side, side, channels), mode
     raise DataError(
         f"{path}: row 0: {kind.byte_width} bytes are no square image; write the schema's metadata "
         f"{SHAPE_METADATA.decode()}=HEIGHT,WIDTH,CHANNELS"
     )
 
 
-def _first_picture(root: Storage, path: str) -> Shape:
+def _first_picture(root: Storage, path: str) -> tuple[Shape, str]:
     with opened(root, path) as file:
         first: Any = next(file.iter_batches(batch_size=1, columns=[IMAGE]), None)
     if first is None or not first.num_rows:
@@ -246,7 +280,7 @@ def _first_picture(root: Storage, path: str) -> Shape:
         raise DataError(
             f"{path}: row 0: unreadable picture: {error}; repair or remove it"
         ) from error
-    return (pixels.shape[0], pixels.shape[1], MODE_CHANNELS[mode])
+    return (pixels.shape[0], pixels.shape[1], MODE_CHANNELS[mode]), mode
 
 
 def _class_names(columns: Mapping[str, pa.ChunkedArray]) -> tuple[str, ...]:

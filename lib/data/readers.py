@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from lib.data.pictures import DECODE_ERRORS, decode
+from lib.data.pictures import DECODE_ERRORS, MODE_NAMES, decode, value_range
 from lib.errors import DataError, StorageError
 from lib.storage import Storage
 
@@ -80,9 +80,11 @@ class PictureReader:
     paths: tuple[str, ...]
     """Relative to `root`."""
     mode: str
-    """Of the data set: `L` or `RGB`."""
+    """Of the data set: a key of `MODE_CHANNELS`."""
     mode_from: str
     """The file that set size and mode."""
+    grey_range: tuple[int, int] | None = None
+    """Of a set of 16-bit pictures."""
 
     def part(self, start: int, stop: int) -> PictureReader:
         """Return a reader of rows `start` to `stop`."""
@@ -93,7 +95,7 @@ class PictureReader:
         images = np.empty((len(self.paths), *shape), dtype=np.uint8)
         for row, (path, body) in enumerate(self._bodies()):
             try:
-                pixels, mode = decode(body)
+                pixels, mode = decode(body, self.grey_range)
             except DECODE_ERRORS as error:
                 raise DataError(
                     f"{path} (row {row} of its chunk): unreadable picture: {error}; repair or "
@@ -107,8 +109,8 @@ class PictureReader:
                 )
             if mode != self.mode:
                 raise DataError(
-                    f"mixed colour modes: {path} is {_colour(mode)}, {self.mode_from} is "
-                    f"{_colour(self.mode)}; save all pictures as grey or all as colour"
+                    f"mixed colour modes: {path} is {MODE_NAMES[mode]}, {self.mode_from} is "
+                    f"{MODE_NAMES[self.mode]}; save all pictures in one mode"
                 )
             images[row] = pixels
         return images
@@ -125,8 +127,18 @@ class PictureReader:
                 raise _unreadable(path, error) from error
 
 
-def _colour(mode: str) -> str:
-    return "grey" if mode == "L" else "colour"
+def checked_range(name: str, body: Any) -> tuple[int, int]:
+    """Return the range of a 16-bit picture; raise DataError naming it if it can't be decoded."""
+    try:
+        return value_range(body)
+    except (*DECODE_ERRORS, TypeError) as error:
+        raise DataError(f"{name}: unreadable picture: {error}; repair or remove it") from error
+
+
+def merged_range(ranges: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Return the range of all pictures, wide enough to be divided by."""
+    lows, highs = zip(*ranges, strict=True)
+    return min(lows), max(*highs, min(lows) + 1)
 
 
 def _unreadable(name: str, error: Exception) -> DataError:

@@ -65,12 +65,14 @@ def show_extension(storage: Storage, made: Extension) -> dict[str, Any]:
 def show_set(storage: Storage, manifest: Manifest, pictures: Path | None) -> dict[str, Any]:
     """Print all that is known of a data set; draw samples of its classes if asked to."""
     content = describe(storage, manifest)
+    grey_range = manifest.preprocess.grey_range
+    depth = f", of 16-bit values {grey_range[0]}–{grey_range[1]}" if grey_range else ""
     print_facts(
         {
             "digest": manifest.digest,
             "made": content["created"],
             "of": manifest.source,
-            "shape": "×".join(str(side) for side in manifest.shape),
+            "shape": "×".join(str(side) for side in manifest.shape) + depth,
             "pixels": ", ".join(
                 f"{mean:.4f} ± {std:.4f}"
                 for mean, std in zip(manifest.pixel_mean, manifest.pixel_std, strict=True)

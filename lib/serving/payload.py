@@ -67,7 +67,7 @@ def decode_picture(body: bytes, card: Card) -> Images:
                     f"{picture.width}×{picture.height} pixels; at most {MAX_PIXELS} are decoded: "
                     "scale the picture down",
                 )
-            converted = to_mode(picture, card.preprocess.mode)
+            converted = to_mode(picture, card.preprocess.mode, card.preprocess.grey_range)
     except PayloadError:
         raise
     except DECODE_ERRORS as error:

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from lib.data import pictures
 
@@ -21,7 +21,7 @@ def _png(picture: Image.Image, **options: object) -> bytes:
         ("1", "L"),
         ("L", "L"),
         ("LA", "L"),
-        ("I;16", "L"),
+        ("I;16", "I;16"),
         ("P", "RGB"),
         ("RGB", "RGB"),
         ("RGBA", "RGB"),
@@ -30,7 +30,7 @@ def _png(picture: Image.Image, **options: object) -> bytes:
 def test_every_png_mode_becomes_grey_or_colour(mode: str, expected: str) -> None:
     pixels, found = pictures.decode(_png(Image.new(mode, (5, 3))))
     assert found == expected
-    assert pixels.shape == (3, 5, {"L": 1, "RGB": 3}[expected])
+    assert pixels.shape == (3, 5, pictures.MODE_CHANNELS[expected])
     assert pixels.dtype == np.uint8
 
 
@@ -38,6 +38,52 @@ def test_sixteen_bits_are_scaled_not_cut() -> None:
     picture = Image.fromarray(np.array([[0, 65535, 32896]], np.uint16))
     pixels, _ = pictures.decode(_png(picture))
     assert pixels.ravel().tolist() == [0, 255, 128]
+
+
+@pytest.mark.parametrize("grey_range", [(0, 4095), (1000, 1255)])
+def test_sixteen_bits_are_scaled_by_the_range_of_the_set(grey_range: tuple[int, int]) -> None:
+    low, high = grey_range
+    values = np.array([[low, high, (low + high) // 2, 0, 65535]], np.uint16)
+    body = _png(Image.fromarray(values))
+    pixels, _ = pictures.decode(body, grey_range)
+    assert pixels.ravel().tolist() == [0, 255, 127, 0, 255]
+    assert pictures.value_range(body) == (0, 65535)
+
+
+def test_eight_bits_are_left_as_they_are_whatever_the_range() -> None:
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    pixels, _ = pictures.decode(_png(Image.fromarray(values)), (0, 4095))
+    np.testing.assert_array_equal(pixels[..., 0], values)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_picture_is_turned_as_viewers_turn_it(orientation: int, kind: str) -> None:
+    corners = Image.fromarray(np.array([[250, 170], [90, 10]], np.uint8).repeat(8, 0).repeat(16, 1))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stream = io.BytesIO()
+    corners.save(stream, kind, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(stream)))
+    pixels, _ = pictures.decode(stream.getvalue())
+    np.testing.assert_array_equal(pixels[..., 0], expected)
+    assert pixels.shape[:2] == ((16, 32) if orientation < 5 else (32, 16))
+
+
+def test_metadata_that_is_damaged_costs_no_picture() -> None:
+    stream = io.BytesIO()
+    values = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(values).save(stream, "PNG", exif=b"Exif\0\0nothing of the kind")
+    pixels, _ = pictures.decode(stream.getvalue())
+    np.testing.assert_array_equal(pixels[..., 0], values)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "WebP", "TIFF"])
+def test_a_picture_of_another_format_is_named(kind: str) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, kind)
+    with pytest.raises(pictures.DECODE_ERRORS, match=f"not PNG or JPEG but {kind}"):
+        pictures.decode(stream.getvalue())
 
 
 def test_what_is_transparent_is_white() -> None:
