@@ -41,7 +41,16 @@ LABEL = "label"
 SHAPE_METADATA = b"rayline.shape"
 _RAW_MODES = {1: "L", 3: "RGB"}
 """Channels of raw pixels → mode."""
+_TEXT_TYPES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+)
 _RANGE_ROWS = 256
+_MAX_NAMES_SHOWN = 20
 _MAX_CHUNKS_PER_GROUP = 4
 """A task decodes a row group from its start: larger ones are unpacked once instead."""
 
@@ -114,11 +123,11 @@ class ParquetSource:
         check_same_shape({path: shape for path, (shape, _) in kinds.items()})
         shape, mode = next(iter(kinds.values()))
         grey_range = self._grey_range() if mode == SIXTEEN_BIT else None
-        columns = {path: self._label_column(path) for path in heads}
+        columns: Mapping[str, pa.ChunkedArray] = {path: self._label_column(path) for path in heads}
         class_names, classes_from = self.class_names, CLASSES_FILE
         if class_names is None:
             classes_from = next(iter(heads))
-            class_names = _class_names(columns)
+            class_names, columns = _classes(columns)
             check_class_names(self.name, class_names)
         labels = {
             path: _labels(path, column, class_names, classes_from)
@@ -150,7 +159,7 @@ class ParquetSource:
         if column.null_count:
             row = pc.index(pc.is_null(column), True).as_py()
             raise DataError(f"{path}: row {row}: no label; remove the row or give it one")
-        return column
+        return _plain(path, column)
 
     def _grey_range(self) -> tuple[int, int]:
         """Read all pictures once more, for the range of their values."""
@@ -283,25 +292,77 @@ def _first_picture(root: Storage, path: str) -> tuple[Shape, str]:
     return (pixels.shape[0], pixels.shape[1], MODE_CHANNELS[mode]), mode
 
 
-def _class_names(columns: Mapping[str, pa.ChunkedArray]) -> tuple[str, ...]:
-    values = [pc.unique(column).to_pylist() for column in columns.values()]
-    there = {value for value_list in values for value in value_list}
-    if all(isinstance(value, int) for value in there):
-        return tuple(str(label) for label in range(max(there, default=-1) + 1))
-    return tuple(sorted(str(value) for value in there))
+def _plain(path: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return labels of any type as int64 or strings; raise DataError for what is neither."""
+    if pa.types.is_dictionary(column.type):
+        column = pc.cast(column, column.type.value_type)
+    kind = column.type
+    if pa.types.is_floating(kind):
+        column = pc.cast(column, pa.float64())
+        is_whole = pc.and_(pc.is_finite(column), pc.equal(pc.floor(column), column))
+        row = pc.index(is_whole, False).as_py()
+        if row >= 0:
+            raise DataError(
+                f"{path}: row {row}: label {column[row].as_py()} is no whole number; a label is a "
+                "class, given by its number or its name"
+            )
+    if pa.types.is_primitive(kind) and not pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
+        target = pa.int64()
+    elif any(is_text(kind) for is_text in _TEXT_TYPES):
+        target = pa.string()
+    else:
+        raise DataError(
+            f"{path}: labels of type {kind}; a label is one class a row, given by its number or "
+            "its name"
+        )
+    try:
+        return pc.cast(column, target)
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{path}: labels of type {kind} can't be read as {target}: {error}; write them anew"
+        ) from error
+
+
+def _classes(
+    columns: Mapping[str, pa.ChunkedArray],
+) -> tuple[tuple[str, ...], Mapping[str, pa.ChunkedArray]]:
+    """Return the names of the classes, and the labels: strings where those are the names.
+
+    Numbers are places of classes, 0, 1, 2 …, unless there are far fewer than the greatest says:
+    then they are names such as ids.
+    """
+    first, *others = columns
+    for path in others:
+        if columns[path].type != columns[first].type:
+            raise DataError(
+                f"{first} has labels of type {columns[first].type}, {path} of "
+                f"{columns[path].type}; write all as numbers or all as names, or put the names of "
+                f"the classes into {CLASSES_FILE}, one a line"
+            )
+    values = pc.unique(pa.chunked_array([pc.unique(column) for column in columns.values()]))
+    if not pa.types.is_integer(values.type):
+        return tuple(sorted(values.to_pylist())), columns
+    numbers = sorted(number for number in values.to_pylist() if number >= 0)
+    num_places = numbers[-1] + 1 if numbers else 0
+    if num_places <= 2 * len(numbers):
+        return tuple(str(label) for label in range(num_places)), columns
+    names = {path: pc.cast(column, pa.string()) for path, column in columns.items()}
+    return tuple(str(number) for number in numbers), names
 
 
 def _labels(
     path: str, column: pa.ChunkedArray, class_names: tuple[str, ...], classes_from: str
 ) -> Labels:
     if pa.types.is_integer(column.type):
-        labels: Labels = column.to_numpy().astype(np.int32)
-        check_labels(path, labels, len(class_names), classes_from)
+        numbers: Any = column.to_numpy()
+        check_labels(path, numbers, len(class_names), classes_from)
+        labels: Labels = numbers.astype(np.int32)
         return labels
-    found = pc.index_in(pc.cast(column, pa.string()), value_set=pa.array(class_names))
+    found = pc.index_in(column, value_set=pa.array(class_names))
     if found.null_count:
         row = pc.index(pc.is_null(found), True).as_py()
+        names = [*class_names[:_MAX_NAMES_SHOWN], *["…"][: len(class_names) - _MAX_NAMES_SHOWN]]
         raise DataError(
-            f"{path}: row {row}: no class {column[row].as_py()!r} among {', '.join(class_names)}"
+            f"{path}: row {row}: no class {column[row].as_py()!r} among {', '.join(names)}"
         )
     return found.to_numpy().astype(np.int32)
