@@ -59,6 +59,12 @@ class MissingError(StorageError):
     """A file is not there."""
 
 
+class DeviceError(RaylineError):
+    """A GPU was granted and can't be used."""
+
+    exit_code = AWAY
+
+
 class SearchError(RaylineError):
     """A sweep ended without a usable trial."""
 

@@ -30,7 +30,13 @@ CODE_FOLDERS = ("lib/", "jobs/", "serve_apps/")
 """Where a new file is code: its content is recorded before it is committed."""
 UNTRACKED = "untracked: "
 """How a diff names the other new files, whose content it does not have."""
-_TRAINING_CODE = ("lib/data", "lib/train", "lib/storage.py", "lib/serving/predictor.py")
+_TRAINING_CODE = (
+    "lib/data",
+    "lib/train",
+    "lib/device.py",
+    "lib/storage.py",
+    "lib/serving/predictor.py",
+)
 """What a trial runs, and what searches: other sources may lead to other models."""
 
 _ROOT = Path(__file__).resolve().parents[1]

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.data.pictures import PICTURE_STARTS
+from lib.device import granted_device
 from lib.errors import DataError, RaylineError
 from lib.serving.bundle import read_card
 from lib.serving.payload import PayloadError, decode_picture
@@ -43,7 +44,7 @@ class Scorer:
 
     def __init__(self, storage: Storage, bundle: str, source: Storage, target: Storage) -> None:
         self._card = read_card(storage, bundle)
-        self._predictor = load_predictor(storage, bundle, self._card)
+        self._predictor = load_predictor(storage, bundle, self._card, device=granted_device())
         self._source = source
         self._target = target
 

@@ -13,6 +13,7 @@ from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from lib.config import log_days, log_images_percent
+from lib.device import granted_device
 from lib.serving.batcher import Predict
 from lib.serving.bundle import Card
 from lib.serving.channel import ChannelLost, Channels, channel_folder
@@ -161,7 +162,9 @@ class Gateway(GrpcLane):
         return with_retries(predict, retriable, deadline_s=CALL_DEADLINE_S)
 
     async def _make_local_predict(self, card: Card, bundle: str) -> Predict:
-        predictor = await asyncio.to_thread(load_predictor, self._storage, bundle, card)
+        predictor = await asyncio.to_thread(
+            load_predictor, self._storage, bundle, card, device=granted_device()
+        )
 
         async def predict(images_NHWC: Images) -> Probabilities:
             if len(images_NHWC) <= MAX_INLINE_IMAGES:

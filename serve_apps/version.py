@@ -8,6 +8,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 
+from lib.device import granted_device
 from lib.serving.bundle import read_card
 from lib.serving.channel import channel_folder, serve_channel
 from lib.serving.plan import version_application
@@ -22,7 +23,7 @@ class Version:
     async def __init__(self, storage: str, bundle: str) -> None:  # type: ignore[misc]
         opened = Storage(storage)
         card = read_card(opened, bundle)
-        self._predictor = load_predictor(opened, bundle, card)
+        self._predictor = load_predictor(opened, bundle, card, device=granted_device())
         self._meter: BusyMeter | None = None
         self._calls = 0
         self._channel = await serve_channel(

@@ -15,14 +15,15 @@ import ray
 import torch
 
 from lib.cli import progress
+from lib.device import granted_device
 from lib.serving.bundle import ONNX_FILE, PT2_FILE
+from lib.serving.plan import replica_gpus
 from lib.serving.predictor import OnnxPredictor, Predictor, TorchPredictor
 
 BATCH_SIZES = (1, 128)
 """A request alone, and a full micro-batch under load."""
 _ROUNDS = 5
 _ROUND_S = 0.06
-_GPU_SHARE = 0.1
 _GPU_WAIT_S = 120
 
 
@@ -65,7 +66,7 @@ def measure(onnx: bytes, pt2: bytes | None, probe_NHWC: npt.NDArray[np.uint8]) -
             predictors: dict[str, Predictor] = {"onnxruntime": OnnxPredictor(onnx_file)}
             if pt2 is not None:
                 pt2_file.write_bytes(pt2)
-                predictors["torch"] = TorchPredictor(pt2_file)
+                predictors["torch"] = TorchPredictor(pt2_file, device=granted_device())
             return _compare(predictors, probe_NHWC)
     finally:
         torch.set_num_threads(num_threads)
@@ -74,9 +75,10 @@ def measure(onnx: bytes, pt2: bytes | None, probe_NHWC: npt.NDArray[np.uint8]) -
 def measure_where_served(
     onnx: bytes, pt2: bytes | None, probe_NHWC: npt.NDArray[np.uint8]
 ) -> Measured:
-    """Time the runtimes on a GPU of the cluster if it has one, else here on the CPU."""
-    if pt2 is not None and ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0:
-        task = ray.remote(num_gpus=_GPU_SHARE, num_cpus=0)(measure).remote(onnx, pt2, probe_NHWC)
+    """Time the runtimes on a GPU if replicas are given one, else here on the CPU."""
+    gpus = replica_gpus()
+    if pt2 is not None and gpus and ray.is_initialized() and ray.cluster_resources().get("GPU", 0):
+        task = ray.remote(num_gpus=gpus, num_cpus=0)(measure).remote(onnx, pt2, probe_NHWC)
         ready, _ = ray.wait([task], timeout=_GPU_WAIT_S)
         if ready:
             return ray.get(task)
@@ -99,7 +101,7 @@ def _compare(predictors: Mapping[str, Predictor], probe_NHWC: npt.NDArray[np.uin
                 predictor.predict(batch)
                 calls_s.setdefault((name, size), []).extend(_time_calls(predictor, batch))
     return Measured(
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=granted_device(),
         images_per_s={
             name: {size: size / float(np.median(calls_s[name, size])) for size in BATCH_SIZES}
             for name in predictors

@@ -122,6 +122,13 @@ def names(models: Mapping[str, ModelTraffic]) -> set[str]:
     return {GATEWAY} | versions
 
 
+def replica_gpus() -> float:
+    """Return the GPUs, or the part of one, that serve_apps/config.yaml gives a replica."""
+    template = yaml.safe_load((_ROOT / "serve_apps" / "config.yaml").read_text())
+    deployments = [each for kind in template.values() for each in kind["deployments"]]
+    return max(float(each["ray_actor_options"].get("num_gpus", 0)) for each in deployments)
+
+
 def applications(
     settings: Settings,
     live: Mapping[str, Any],

@@ -48,14 +48,14 @@ class OnnxPredictor:
 
 
 class TorchPredictor:
-    """A torch.export program, on a GPU if there is one."""
+    """A torch.export program, on `cpu` or `cuda`."""
 
-    def __init__(self, model_file: Path, *, num_threads: int = 1) -> None:
+    def __init__(self, model_file: Path, *, num_threads: int = 1, device: str = "cpu") -> None:
         import torch
 
         torch.set_num_threads(num_threads)
         self._torch = torch
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = device
         program = torch.export.load(str(model_file))
         if self._device == "cuda":
             from torch.export.passes import move_to_device_pass
@@ -73,8 +73,12 @@ class TorchPredictor:
         return result
 
 
-def load_predictor(storage: Storage, path: str, card: Card, *, num_threads: int = 1) -> Predictor:
+def load_predictor(
+    storage: Storage, path: str, card: Card, *, num_threads: int = 1, device: str = "cpu"
+) -> Predictor:
     """Load a bundle's model in the runtime its card names and run it once to warm it.
+
+    `device` is that of torch: `lib.device.granted_device` in a process of Ray's.
 
     Raises ServingError if the model gives another shape than the card promises.
     """
@@ -84,7 +88,7 @@ def load_predictor(storage: Storage, path: str, card: Card, *, num_threads: int 
         predictor = OnnxPredictor(file, num_threads=num_threads)
     elif card.runtime == "torch":
         file = local_model_file(storage, path, PT2_FILE)
-        predictor = TorchPredictor(file, num_threads=num_threads)
+        predictor = TorchPredictor(file, num_threads=num_threads, device=device)
     else:
         raise ServingError(f"{path}: unknown runtime {card.runtime!r}")
     warm = predictor.predict(np.zeros((2, *card.shape), np.uint8))

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lib.device import granted_gpus
 from lib.errors import SearchError
 from lib.train.collector import LATEST, Collector
 from lib.train.command import Command, CommandTemplate
@@ -107,6 +108,8 @@ class CommandTrial(SweepTrial):
         # `python` is the one that runs here, and what it prints is seen while it runs.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         env = {"PYTHONUNBUFFERED": "1", **os.environ, "PATH": path, **command.env}
+        if granted_gpus() == []:
+            env["CUDA_VISIBLE_DEVICES"] = ""
         with self._log.open("wb") as output:
             try:
                 return ProcessGroup(

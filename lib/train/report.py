@@ -12,7 +12,7 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
 from lib.cli import progress as say
-from lib.errors import StorageError
+from lib.errors import DeviceError, RaylineError, StorageError
 from lib.train.experiment import Experiment
 from lib.train.progress import (
     CHANGED,
@@ -28,7 +28,7 @@ from lib.train.progress import (
 )
 from lib.train.samplers import Study
 from lib.train.searcher import StudySearcher
-from lib.train.trainable import AT_RUNG, ENDS, NO_PLACE, REPORT, RESUME, RUNG_COUNT
+from lib.train.trainable import AT_RUNG, ENDS, NO_DEVICE, NO_PLACE, REPORT, RESUME, RUNG_COUNT
 from lib.train.trainable import FAILED as FAILURE
 
 _TUNES_OWN = frozenset(
@@ -58,8 +58,8 @@ class SweepReport(tune.Callback):
     def __init__(
         self, progress: Progress, study: Study, searcher: StudySearcher, experiment: Experiment
     ) -> None:
-        self.error: StorageError | None = None
-        """What must end the sweep: there is no place to keep its state."""
+        self.error: RaylineError | None = None
+        """What must end the sweep: no place to keep its state, or a GPU that can't be used."""
         self.begun_s: float | None = None
         """When the first trial of this driver started, by the monotonic clock."""
         self._progress = progress
@@ -93,9 +93,10 @@ class SweepReport(tune.Callback):
         **info: Any,
     ) -> None:
         """Note a report, unless it is one that was noted before an interruption."""
-        if NO_PLACE in result:
-            self.error = StorageError(result[NO_PLACE])
-            raise self.error
+        for name, kind in ((NO_PLACE, StorageError), (NO_DEVICE, DeviceError)):
+            if name in result:
+                self.error = kind(result[name])
+                raise self.error
         state = self._state(trial)
         if result.get(REPORT, 0) <= state.num_reports:
             return
@@ -103,6 +104,8 @@ class SweepReport(tune.Callback):
         if params != state.params:
             self._add(CHANGED, trial=state.number, epoch=state.epoch, params=params)
         metrics = measured(result)
+        # Tune counts the deaths of a trial's process; only those in a row end the trial.
+        trial.run_metadata.num_failures = 0
         self._add(
             REPORTED,
             trial=state.number,
@@ -131,8 +134,17 @@ class SweepReport(tune.Callback):
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        """Note the end of a trial whose process died again and again."""
-        self._end(self._state(trial), FAILED, first_cause(trial))
+        """Note the end of a trial whose process died again and again.
+
+        Where that was for want of the storage, no other trial would fare better: the sweep ends,
+        and this trial goes on when it is resumed.
+        """
+        cause = first_cause(trial)
+        kind, _, text = cause.partition(": ")
+        if kind == f"{StorageError.__module__}.{StorageError.__qualname__}":
+            self.error = StorageError(text)
+            raise self.error
+        self._end(self._state(trial), FAILED, cause)
 
     def on_trial_recover(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from ray import tune
 
-from lib.errors import SearchError, StorageError
+from lib.errors import DeviceError, MissingError, SearchError, StorageError
 from lib.storage import Storage
 from lib.train.experiment import Objective, rank_key, varying
 
@@ -20,6 +20,8 @@ FAILED = "rayline_failed"
 """In a report: why the trial failed. It has no metrics then."""
 NO_PLACE = "rayline_no_place"
 """In a report: why what must be kept could not be written. It has no metrics then."""
+NO_DEVICE = "rayline_no_device"
+"""In a report: why the GPU that the trial was granted can't be used. It has no metrics then."""
 REPORT = "rayline_report"
 """In a report: its number. One that is repeated after an interruption has the number it had."""
 ENDS = "rayline_ends"
@@ -89,9 +91,11 @@ class SweepTrial(tune.Trainable):
       run each name goes is the `Work`'s to say.
     - `end()`: the trial is over, early or not; the last call before the next `begin`.
 
+    - `ends_process(error)`: whether the process is of no use after an error of the trial.
+
     An exception from `begin`, `load` or `advance` fails this trial, with its text as the reason,
     and the process takes the next one. A process that dies is started again and goes on from the
-    last state.
+    last state; so does one whose storage is away, or of which `ends_process` says so.
     """
 
     FIXED: ClassVar[frozenset[str]] = frozenset()
@@ -123,6 +127,10 @@ class SweepTrial(tune.Trainable):
     def end(self) -> None:
         """Let go of what the trial holds."""
 
+    def ends_process(self, error: Exception) -> bool:
+        """Return whether neither this trial nor the next one can go on in this process."""
+        return False
+
     # What follows is between this class and Tune.
 
     def setup(self, config: dict[str, Any], desk: Desk | None = None, shared: Any = None) -> None:
@@ -130,12 +138,18 @@ class SweepTrial(tune.Trainable):
         if desk is None:
             raise ValueError("a trial needs the desk of its sweep")
         self._desk = desk
-        self.prepare(**(shared or {}))
+        self._unusable: str | None = None
+        try:
+            self.prepare(**(shared or {}))
+        except DeviceError as error:
+            self._unusable = str(error)
         self._standing = _Standing()
         self._to_begin: Mapping[str, Any] | None = config
 
     def step(self) -> dict[str, Any]:
         """Return one report, kept durably before Tune sees it."""
+        if self._unusable:
+            return {NO_DEVICE: self._unusable, "done": True}
         self._begin_if_new()
         if self._standing.failure:
             return {FAILED: self._standing.failure, "done": True}
@@ -144,12 +158,17 @@ class SweepTrial(tune.Trainable):
             return report
         try:
             report = self._complete(self.advance())
-        # Whatever a trial raises is the trial's; the process and the sweep go on.
+        # Whatever else a trial raises is the trial's; the process and the sweep go on.
         except Exception as error:
+            if self._is_of_process(error):
+                raise
             report = {FAILED: described(error), "done": True}
         try:
             self._keep(report)
         except StorageError as error:
+            # A full disk stays full; an object store that is away comes back.
+            if not self._desk.storage.is_local:
+                raise
             return {NO_PLACE: str(error), "done": True}
         return report
 
@@ -209,7 +228,15 @@ class SweepTrial(tune.Trainable):
         try:
             work()
         except Exception as error:
+            if self._is_of_process(error):
+                raise
             self._standing.failure = described(error)
+
+    def _is_of_process(self, error: Exception) -> bool:
+        """Whether a new process, from the last state, may go on where this one can't."""
+        if isinstance(error, StorageError | OSError):
+            return not isinstance(error, MissingError)
+        return self.ends_process(error)
 
     def _complete(self, advanced: Mapping[str, Any]) -> dict[str, Any]:
         done = bool(advanced.get("done", False))

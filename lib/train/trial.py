@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import torch
 
 from lib.data.loader import Split
 from lib.data.manifest import Manifest
+from lib.device import granted_device
 from lib.storage import Storage
 from lib.train.augment import Augmentation
 from lib.train.environment import describe
@@ -25,6 +27,8 @@ from lib.train.trainable import SweepTrial
 MODEL_FILE = "model.pt"
 """Of what a trial keeps: the net of its best epoch."""
 _CONFUSION_BATCH = 500
+_OF_CUDA = re.compile(r"\b(CUDA|cuDNN|CUBLAS|CUFFT|CUSOLVER)", re.IGNORECASE)
+"""In errors of CUDA's libraries, which have no type of their own."""
 
 
 class Trial(SweepTrial):
@@ -45,7 +49,7 @@ class Trial(SweepTrial):
         train_seed: int = 0,
         measure_latency: bool = False,
     ) -> None:
-        """Take the splits, which all trials share, to the device once.
+        """Take the splits, which all trials share, to the device that was granted, once.
 
         What is not among them is read from storage during each epoch. `settings` are those
         parameters that are the same in every trial.
@@ -58,7 +62,7 @@ class Trial(SweepTrial):
         self._seed = train_seed
         self._measure_latency = measure_latency
         self._latencies: dict[ModelConfig, float] = {}
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device(granted_device())
         torch.set_num_threads(num_threads)
         self._examples = {name: examples(split).to(self._device) for name, split in splits.items()}
 
@@ -105,6 +109,21 @@ class Trial(SweepTrial):
             "inherited": self._inherited,
         }
         return {MODEL_FILE: _saved(content)}
+
+    def ends_process(self, error: Exception) -> bool:
+        """Whether CUDA may have no use of this process any more."""
+        if self._device.type != "cuda":
+            return False
+        # A fault of the device stays: every later call in the process fails by it. What memory
+        # lacks, a neighbour on the GPU or this process's own cache may hold; a new one begins
+        # without that.
+        if isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError)):
+            return True
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return _OF_CUDA.search(str(error)) is not None
 
     def _build(self, params: Mapping[str, Any]) -> Trainer:
         config = {**self._settings, **params}

@@ -13,7 +13,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lib.storage import Storage
 from lib.train.experiment import DOUBLE, MAXIMIZE, Objective, Parameter
 from lib.train.samplers import Study
 from lib.train.search import SweepResult, resume_sweep, run_sweep
-from tests.sweeps import NUM_EPOCHS, NUM_TRIALS, tiny_experiment, tiny_work
+from tests.sweeps import NUM_EPOCHS, NUM_TRIALS, TinyTrial, tiny_experiment, tiny_work
 
 pytestmark = pytest.mark.long
 
@@ -164,6 +165,37 @@ def test_a_trials_process_is_killed(settings: Settings, storage: Storage) -> Non
     killer.join()
     assert_nothing_lost(settings, storage, result)
     assert len(epochs(storage)) <= NUM_TRIALS * NUM_EPOCHS + 1
+
+
+class AwayTrial(TinyTrial):
+    """Its storage is away, as often in a trial as a file says."""
+
+    def advance(self) -> Mapping[str, Any]:
+        path = Path(self._log).with_name("away")
+        if self._epoch == 1 and (left := int(path.read_text())):
+            path.write_text(str(left - 1))
+            raise StorageError("the bucket answers SLOW_DOWN")
+        return super().advance()
+
+
+def test_storage_that_is_away_costs_no_trial(settings: Settings, storage: Storage) -> None:
+    experiment = tiny_experiment(num_trials=2, num_parallel=1)
+    work = replace(tiny_work(storage), trainable=AwayTrial)
+    away = Path(storage.path("away"))
+    away.write_text("2")
+    result = run_sweep(settings, storage, experiment, work)
+    assert (len(result.trials), result.num_failed) == (2, 0)
+    assert Counter(epoch for _, epoch, _ in epochs(storage)) == dict.fromkeys((1, 2, 3, 4), 2)
+
+    place = Storage(storage.path("other"))
+    work = replace(tiny_work(place), trainable=AwayTrial)
+    lasting = Path(place.path("away"))
+    lasting.write_text("9")
+    with pytest.raises(StorageError, match="the bucket answers SLOW_DOWN"):
+        run_sweep(settings, place, experiment, work)
+    lasting.write_text("0")
+    result = resume_sweep(settings, place, sweep_id(place), work_of=lambda *_: work)
+    assert (len(result.trials), result.num_failed) == (2, 0)
 
 
 def test_the_node_is_killed(settings: Settings, storage: Storage) -> None:

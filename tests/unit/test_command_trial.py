@@ -76,6 +76,22 @@ def wait_until(condition: Callable[[], Any]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize(
+    ("granted", "seen"), [([], ""), (["3"], "3"), (None, "3")]
+)  # fmt: skip
+def test_a_command_sees_the_gpus_that_its_trial_was_granted(
+    started: Callable[..., CommandTrial],
+    monkeypatch: pytest.MonkeyPatch,
+    granted: list[str] | None,
+    seen: str,
+) -> None:
+    """Ray's grant is a stand-in; Ray itself sets the variable where it grants GPUs."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr("lib.train.command_trial.granted_gpus", lambda: granted)
+    text = 'test "$CUDA_VISIBLE_DEVICES" = "$SEEN" && echo loss=1'
+    assert FAILED not in reports(started(script(text, env={"SEEN": seen})))[-1]
+
+
 def alive(pid: int) -> bool:
     try:
         status = Path(f"/proc/{pid}/status").read_text()

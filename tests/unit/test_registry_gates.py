@@ -11,7 +11,7 @@ import pytest
 
 from lib.config import Settings
 from lib.errors import RefusedError, RegistryError
-from lib.registry import registration
+from lib.registry import registration, runtime
 from lib.registry.baseline import Baseline, check_against, train_baseline
 from lib.registry.evaluate import evaluate
 from lib.registry.models import Facts, Version
@@ -200,6 +200,29 @@ def test_evaluation_counts_by_class_and_leaves_absent_classes_out() -> None:
     assert result.macro_accuracy == pytest.approx((2 / 3 + 1) / 2)
     assert result.macro_f1 == pytest.approx((0.8 + 2 / 3) / 2)
     assert result.confusion == ((2, 1, 0), (0, 1, 0), (0, 0, 0))
+
+
+def test_runtimes_are_timed_on_a_gpu_only_where_replicas_are_given_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray's cluster and its task are stand-ins."""
+    granted: list[float] = []
+
+    def remote(*, num_gpus: float, num_cpus: float) -> Any:
+        granted.append(num_gpus)
+        return lambda function: SimpleNamespace(remote=lambda *_: "on the GPU")
+
+    monkeypatch.setattr(runtime.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(runtime.ray, "cluster_resources", lambda: {"GPU": 8.0})
+    monkeypatch.setattr(runtime.ray, "remote", remote)
+    monkeypatch.setattr(runtime.ray, "wait", lambda tasks, timeout: (tasks, []))
+    monkeypatch.setattr(runtime.ray, "get", lambda task: task)
+    monkeypatch.setattr(runtime, "measure", lambda *_: "on the CPU")
+    images = np.zeros((1, 2, 2, 1), np.uint8)
+    assert runtime.measure_where_served(b"", b"", images) == "on the CPU"
+    monkeypatch.setattr(runtime, "replica_gpus", lambda: 0.5)
+    assert runtime.measure_where_served(b"", b"", images) == "on the GPU"
+    assert granted == [0.5]
 
 
 def test_the_faster_runtime_over_both_batch_sizes_serves_if_its_labels_agree() -> None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from lib.errors import DeviceError, StorageError
 from lib.storage import Storage
 from lib.train.experiment import MAXIMIZE, Objective
 from lib.train.trainable import (
     AT_RUNG,
     ENDS,
     FAILED,
+    NO_DEVICE,
     NO_PLACE,
     REPORT,
     RESUME,
@@ -148,6 +150,56 @@ def test_no_place_to_keep_a_report_is_said_to_the_sweep(
 
     monkeypatch.setattr("lib.storage.os.replace", full)
     assert "no space left" in trial.step()[NO_PLACE]
+
+
+def test_an_object_store_that_is_away_ends_the_process_and_no_trial(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = started(desk, "a", {})
+    trial.step()
+    monkeypatch.setattr(Storage, "is_local", False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write", raises(StorageError("SLOW_DOWN")))
+        with pytest.raises(StorageError):
+            trial.step()
+    # In its next process it goes on from the state before.
+    again = started(desk, "a", {})
+    assert [again.step()["epoch"] for _ in range(2)] == [1, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(again, "advance", raises(OSError("NETWORK_CONNECTION")))
+        with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+            again.step()
+
+
+def test_an_error_after_which_the_process_is_of_no_use_fails_no_trial(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = started(desk, "a", {})
+    trial.step()
+    monkeypatch.setattr(trial, "ends_process", lambda error: "illegal" in str(error))
+    monkeypatch.setattr(trial, "advance", raises(RuntimeError("an illegal memory access")))
+    with pytest.raises(RuntimeError, match="illegal"):
+        trial.step()
+    monkeypatch.setattr(trial, "advance", raises(RuntimeError("wrong shape")))
+    assert trial.step()[FAILED] == "RuntimeError: wrong shape"
+
+
+def test_a_gpu_that_cannot_be_used_is_said_to_the_sweep(desk: Desk) -> None:
+    class Unusable(Counter):
+        def prepare(self, *args: Any, **shared: Any) -> None:
+            raise DeviceError("the driver is too old")
+
+    trial = object.__new__(Unusable)
+    trial._trial_info = SimpleNamespace(trial_id="a")
+    trial.setup({}, desk=desk, shared={})
+    assert trial.step() == {NO_DEVICE: "the driver is too old", "done": True}
+
+
+def raises(error: Exception) -> Any:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    return broken
 
 
 def test_a_scheduler_can_clone_a_trial(desk: Desk, tmp_path: Path) -> None:
