@@ -7,7 +7,6 @@ requests are taken apart here; FastAPI only writes the OpenAPI document, from th
 from __future__ import annotations
 
 import logging
-import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -22,7 +21,7 @@ from pydantic import BaseModel
 
 from lib.config import MAX_BODY_BYTES
 from lib.serving.bundle import Card
-from lib.serving.feedback import PROBE_ID, REQUEST_ID
+from lib.serving.feedback import PROBE_ID, REQUEST_ID, new_request_id
 from lib.serving.keys import ANYONE
 from lib.serving.payload import PayloadError
 from lib.serving.record import Record
@@ -52,6 +51,7 @@ class Call:
     headers: Mapping[bytes, bytes]
     body: bytes
     request_id: str
+    """X-Request-Id, or a new one; that of the body, where a protocol has one there."""
     caller: str
     """Name of the API key, `anyone` where none is asked for."""
     card: Card | None = None
@@ -167,7 +167,7 @@ class App:
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
         given_id = headers.get(b"x-request-id")
-        request_id = os.urandom(16).hex() if not given_id else given_id.decode("latin-1")
+        request_id = new_request_id() if not given_id else given_id.decode("latin-1")
         start_s = time.perf_counter()
         self.in_flight += 1
         caller, call = UNKNOWN, None
@@ -181,12 +181,14 @@ class App:
             call = Call(params, headers, body, request_id, caller)
             reply = await route.handler(call)
         except PayloadError as error:
+            request_id = call.request_id if call else request_id
             reply = json_reply({"error": error.message, "request_id": request_id}, error.status)
             if error.status == 503:
                 reply.headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
             elif error.status == 401:
                 reply.headers.append((b"www-authenticate", b"Bearer"))
         except Exception:
+            request_id = call.request_id if call else request_id
             _log.exception("request %s failed", request_id)
             message = "the server failed on this request; its log has the cause under request_id"
             reply = json_reply({"error": message, "request_id": request_id}, 500)
@@ -197,6 +199,7 @@ class App:
             reply.headers.append((b"content-length", b"%d" % len(reply.body)))
         if FAST_LANE in scope:
             # Elsewhere Serve adds it.
+            request_id = call.request_id if call else request_id
             reply.headers.append((b"x-request-id", request_id.encode("latin-1")))
         await send(
             {"type": "http.response.start", "status": reply.status, "headers": reply.headers}

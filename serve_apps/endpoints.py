@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 import orjson
 
 from lib.errors import StorageError
 from lib.serving import oip, payload
-from lib.serving.feedback import parse_feedback
+from lib.serving.feedback import parse_feedback, second_of
 from lib.serving.payload import PayloadError
 from lib.serving.router import Router, Version
 from lib.storage import Storage
 from lib.watch.labels import LabelLog
+from lib.watch.predictions import num_answers
+from lib.watch.recorder import FLUSH_EVERY_S
+from lib.watch.segments import SPAN_US
 from serve_apps import pages, schemas, watching
 from serve_apps.asgi import JSON, Call, Header, Reply, Route, json_reply
 
 LARGE_BODY_BYTES = 2**16
+OTHERS_FLUSH_S = FLUSH_EVERY_S + 0.5
+"""After so long, what another gateway has answered is in the log."""
+MAX_LOOKUPS = 4
+"""At once, for the answers that labels belong to; they must not take the places of predictions."""
+LOOKUP_S = 1.0
+"""Longest search for an answer of which the time is not known."""
+_ANSWERED_WITHIN_S = 120
 
 _log = logging.getLogger(__name__)
 
@@ -26,9 +37,14 @@ _log = logging.getLogger(__name__)
 class Endpoints:
     """The handlers, over a router."""
 
-    def __init__(self, router: Router, storage: Storage) -> None:
+    def __init__(
+        self, router: Router, storage: Storage, *, others_flush_s: float = OTHERS_FLUSH_S
+    ) -> None:
         self._router = router
         self._labels = LabelLog(storage)
+        self._others_flush_s = others_flush_s
+        self._storage = storage
+        self._lookups = asyncio.Semaphore(MAX_LOOKUPS)
         self.watching = watching.Watching(router, storage)
 
     async def predict(self, call: Call) -> Reply:
@@ -73,6 +89,7 @@ class Endpoints:
         call.card = version.card
         length = call.header(b"inference-header-content-length")
         request = oip.parse_infer(call.body, length, version.card)
+        call.request_id = request.id or call.request_id
         images_NHWC = call.images = request.images_NHWC
         probabilities_NK = await self._router.answer(version, images_NHWC)
         call.probabilities = probabilities_NK
@@ -105,7 +122,54 @@ class Endpoints:
         except StorageError as error:
             _log.error("labels can't be stored: %s", error)
             raise PayloadError(503, "the label could not be stored; try again") from error
-        return json_reply({"request_id": label["request_id"], "stored": True})
+        known, why = await self._is_known(name, label["request_id"], label["index"])
+        content = {"request_id": label["request_id"], "stored": True, "known": known}
+        return json_reply({**content, "why": why} if why else content)
+
+    async def _is_known(self, model: str, request_id: str, index: int) -> tuple[bool | None, str]:
+        """Return whether a label can be joined with an answer, None if it was not found out.
+
+        The answer is in this gateway's memory, in the log, or in the memory of another gateway,
+        which writes it into the log soon.
+        """
+        found: int | None = self._router.recorder.num_answers(model, request_id, index)
+        if not found and self._lookups.locked():
+            return None, "too many labels at once to look for their answers; it counts if it fits"
+        if not found:
+            async with self._lookups:
+                found = await asyncio.to_thread(self._num_logged, model, request_id, index)
+                if found == 0:
+                    await asyncio.sleep(self._others_flush_s)
+                    now_us = int(time.time() * 1e6)
+                    found = await asyncio.to_thread(
+                        num_answers,
+                        self._storage,
+                        model,
+                        request_id,
+                        index,
+                        start_us=now_us - SPAN_US,
+                        end_us=now_us + SPAN_US,
+                        budget_s=LOOKUP_S,
+                    )
+        if found is None:
+            return None, f"no answer with this id in {LOOKUP_S:g} s of search; it counts if it fits"
+        if found > 1:
+            return False, f"{found} answers have this id, so none of them gets the label"
+        if not found:
+            return False, "no answer has this id and index; the label counts once there is one"
+        return True, ""
+
+    def _num_logged(self, model: str, request_id: str, index: int) -> int | None:
+        now_us = int(time.time() * 1e6)
+        image = (self._storage, model, request_id, index)
+        second = second_of(request_id)
+        if second is not None:
+            start_us, end_us = (
+                (second + shift_s) * 10**6 for shift_s in (-_ANSWERED_WITHIN_S, _ANSWERED_WITHIN_S)
+            )
+            if found := num_answers(*image, start_us=start_us, end_us=end_us):
+                return found
+        return num_answers(*image, start_us=0, end_us=now_us + SPAN_US, budget_s=LOOKUP_S)
 
     async def traffic(self, call: Call) -> Reply:
         """GET /traffic: the policy in force, and the versions behind it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from tritonclient.grpc import service_pb2 as messages
 
 from lib.serving import oip_grpc
 from lib.serving.bundle import Card
-from lib.serving.feedback import REQUEST_ID
+from lib.serving.feedback import REQUEST_ID, new_request_id
 from lib.serving.payload import PayloadError
 from lib.serving.router import Router, Version
 from serve_apps.asgi import UNKNOWN, App
@@ -104,7 +103,7 @@ class GrpcLane:
         self._router.copy_to_shadows(
             table, version, images_NHWC, probabilities_NK, call.request_id, call.caller
         )
-        return oip_grpc.render_infer(version.card, message, probabilities_NK, call.request_id)
+        return oip_grpc.render_infer(version.card, probabilities_NK, call.request_id)
 
     def _pinned(self, name: str, version: str) -> Version:
         _, traffic = self._router.table.model(name)
@@ -119,7 +118,9 @@ class GrpcLane:
     ) -> Any:
         """Answer a call within the gateway's bounds; an error becomes its code in gRPC."""
         metadata = {str(name): str(value) for name, value in context.invocation_metadata()}
-        request_id = metadata.get("x-request-id") or os.urandom(16).hex()
+        # One id for a request: that of its message, else of its metadata, else a new one.
+        given_id = getattr(message, "id", "") or metadata.get("x-request-id")
+        request_id = given_id or new_request_id()
         call = _Call(message, metadata, request_id, [("x-request-id", request_id)])
         headers = {name.encode(): value.encode() for name, value in metadata.items()}
         status = 200
@@ -128,7 +129,9 @@ class GrpcLane:
         try:
             if not REQUEST_ID.fullmatch(request_id):
                 call.trailing.clear()
-                raise PayloadError(400, "x-request-id: at most 128 letters, digits, `.`, `_`, `-`")
+                raise PayloadError(
+                    400, "`id` or x-request-id: at most 128 letters, digits, `.`, `_`, `-`"
+                )
             call.caller = self._app.admit(headers)
             answered = await answer(call)
         except PayloadError as error:

@@ -38,6 +38,11 @@ class FeedbackStored(BaseModel):
 
     request_id: str
     stored: bool
+    known: bool | None = Field(
+        description="Whether exactly one answer has this id, so that the label is joined with it; "
+        "null if that was not found out."
+    )
+    why: str | None = Field(default=None, description="Where `known` is not true.")
 
 
 class Error(BaseModel):

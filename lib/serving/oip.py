@@ -14,6 +14,7 @@ import numpy.typing as npt
 import orjson
 
 from lib.serving.bundle import Card
+from lib.serving.feedback import REQUEST_ID
 from lib.serving.payload import MAX_BATCH, PayloadError, load_json
 
 INPUT, OUTPUT = "images", "probabilities"
@@ -55,7 +56,18 @@ def parse_infer(body: bytes, header_length: str | None, card: Card) -> InferRequ
     identifier = content.get("id")
     if identifier is not None and not isinstance(identifier, str):
         raise PayloadError(400, "`id` must be a string")
-    return InferRequest(_images(tensor, binary, card), identifier, _wants_binary(content))
+    wants_binary = _wants_binary(content)
+    return InferRequest(_images(tensor, binary, card), check_id(identifier), wants_binary)
+
+
+def check_id(identifier: str | None) -> str | None:
+    """Return a request's `id`, None if it has none; raise PayloadError 400 for a bad one.
+
+    It is the id of the request everywhere: in the answer, in the log and for `/feedback`.
+    """
+    if identifier and not REQUEST_ID.fullmatch(identifier):
+        raise PayloadError(400, "`id`: at most 128 letters, digits, `.`, `_`, `-`")
+    return identifier or None
 
 
 def _only_input(content: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +150,7 @@ def render_infer(
     response = {
         "model_name": card.name,
         "model_version": str(card.version),
-        "id": request.id or request_id,
+        "id": request_id,
         "outputs": [output],
     }
     if not request.binary_output:

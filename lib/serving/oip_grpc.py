@@ -38,12 +38,10 @@ def parse_infer(request: Any, card: Card) -> npt.NDArray[np.uint8]:
     return values.astype(np.uint8).reshape(shape)
 
 
-def render_infer(
-    card: Card, request: Any, probabilities_NK: npt.NDArray[np.float32], request_id: str
-) -> Any:
+def render_infer(card: Card, probabilities_NK: npt.NDArray[np.float32], request_id: str) -> Any:
     """Return the ModelInferResponse; probabilities go out as raw contents."""
     response = messages.ModelInferResponse(
-        model_name=card.name, model_version=str(card.version), id=request.id or request_id
+        model_name=card.name, model_version=str(card.version), id=request_id
     )
     response.outputs.add(name=oip.OUTPUT, datatype="FP32", shape=probabilities_NK.shape)
     response.raw_output_contents.append(np.ascontiguousarray(probabilities_NK).tobytes())

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from lib.errors import ConfigError
 from lib.storage import Storage
 from lib.watch.labels import labels_root, read_labels
-from lib.watch.segments import MAX_US, expire_segments, read_segments
+from lib.watch.segments import MAX_US, expire_segments, read_segments, scan_segments
 
 __all__ = ["SCHEMA", "Retention", "expire", "joined", "predictions_root", "read", "read_labels"]
 
@@ -107,6 +107,40 @@ def joined(
     ambiguous = _more_than_once(image.filter(_is_labelled_answer(rows, label)))
     label = pc.if_else(pc.is_in(image, value_set=ambiguous), pa.scalar(None, pa.int32()), label)
     return rows.select(wanted).append_column("label", label)
+
+
+def num_answers(
+    storage: Storage,
+    model: str,
+    request_id: str,
+    index: int,
+    *,
+    start_us: int,
+    end_us: int,
+    budget_s: float = math.inf,
+) -> int | None:
+    """Return how many answers carry an image's id: 1 can be labelled, more are ambiguous.
+
+    Only files of this time are searched, the newest first and no further than the first one with
+    the id; None if `budget_s` was over before.
+    """
+    end_s = time.monotonic() + budget_s
+    columns = ["request_id", "index", "shadow", "predicted"]
+    for rows in scan_segments(
+        storage, predictions_root(model), start_us=start_us, end_us=end_us, columns=columns
+    ):
+        mine = rows.filter(pc.equal(rows["request_id"], request_id))
+        found = count_answers(mine, index)
+        if found or time.monotonic() > end_s:
+            return found or None
+    return 0
+
+
+def count_answers(rows: pa.Table, index: int) -> int:
+    """Return how many rows of one request id are answers that a caller got for an image."""
+    is_answer = pc.and_(pc.invert(rows["shadow"]), pc.greater_equal(rows["predicted"], 0))
+    found = pc.sum(pc.and_(is_answer, pc.equal(rows["index"], index))).as_py()
+    return int(found or 0)
 
 
 def expire(storage: Storage, model: str, keep_days: int, *, now: datetime | None = None) -> int:

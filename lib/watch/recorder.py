@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lib.serving.bundle import Card
 from lib.serving.record import Increment
 from lib.storage import Storage
 from lib.watch.answers import Answers, Images, Probabilities, Shares, to_table
 from lib.watch.metrics import LOGGED
-from lib.watch.predictions import predictions_root
+from lib.watch.predictions import count_answers, predictions_root
 from lib.watch.segments import SPAN_US, Segments, by_span
 
 FLUSH_EVERY_S = 2.0
@@ -61,6 +62,7 @@ class Recorder:
         self._image_share = image_percent / 100
         self._clock = clock
         self._answers: dict[tuple[int, bool, bool], Answers] = {}
+        self._storing: list[Answers] = []
         self._pending_rows = 0
         self._pending_bytes = 0
         # Written by the event loop alone, and by the flush alone: no lock for a request.
@@ -116,6 +118,27 @@ class Recorder:
         answers.images.append(kept)
         answers.probabilities.append(probabilities_NK)
 
+    def num_answers(self, model: str, request_id: str, index: int) -> int:
+        """Return how many answers for an image are taken and not in the log yet."""
+        found = 0
+        for answers in [*self._answers.values(), *self._storing]:
+            if answers.card.name == model and not answers.is_shadow:
+                found += sum(
+                    given == request_id and index < size and probabilities is not None
+                    for given, size, probabilities in zip(
+                        answers.request_ids,
+                        answers.num_images,
+                        answers.probabilities,
+                        strict=True,
+                    )
+                )
+        for (name, _), tables in list(self._unwritten.items()):
+            if name == model:
+                rows = pa.concat_tables(list(tables))
+                mine = rows.filter(pc.equal(rows["request_id"], request_id))
+                found += count_answers(mine, index)
+        return found
+
     async def run(self) -> None:
         """Flush in time, for ever."""
         loop = asyncio.get_running_loop()
@@ -150,12 +173,14 @@ class Recorder:
 
     def _take(self) -> list[Answers]:
         taken, self._answers = list(self._answers.values()), {}
+        self._storing = taken
         self._pending_rows = self._pending_bytes = 0
         return taken
 
     def _store(self, taken: list[Answers]) -> None:
         with self._lock:
             self._convert(taken)
+            self._storing = []
             try:
                 self._write()
             except Exception as error:

@@ -125,6 +125,22 @@ def read_segments(
     return rows.select(wanted)
 
 
+def scan_segments(
+    storage: Storage, root: str, *, start_us: int, end_us: int, columns: Sequence[str]
+) -> Iterator[pa.Table]:
+    """Yield the rows of each file that may hold some of this time, the newest file first.
+
+    A file at a time, so that a long log can be searched in little memory.
+    """
+    for path in reversed(list(_paths(storage, root, start_us, end_us))):
+        try:
+            with storage.filesystem.open_input_file(storage.path(path)) as stream:
+                yield pq.ParquetFile(stream).read(list(columns), use_threads=False)
+        except FileNotFoundError:
+            # Its time of being kept ended since the folder was listed.
+            continue
+
+
 def expire_segments(storage: Storage, root: str, *, before: date) -> int:
     """Delete all days before this one; return how many."""
     old = [folder for folder in storage.folders(root) if _day(folder) < before.isoformat()]

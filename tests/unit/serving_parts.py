@@ -77,7 +77,7 @@ def app_over(router: Router, storage: Storage) -> App:
     """An application that asks for keys as soon as there are some when it is made."""
     keys = read_keys(storage)
     return App(
-        routes(Endpoints(router, storage)),
+        routes(Endpoints(router, storage, others_flush_s=0)),
         title="Rayline",
         description="test",
         authenticate=lambda headers: authenticate(keys, headers),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,22 @@ from lib.errors import StorageError
 from lib.serving import payload
 from lib.serving.batcher import Predict
 from lib.serving.bundle import Card
-from lib.serving.feedback import PROBE_ID
+from lib.serving.feedback import PROBE_ID, new_request_id, second_of
 from lib.serving.router import Images, Probabilities, Router
 from lib.storage import Storage
-from lib.watch.predictions import read, read_labels
+from lib.watch.predictions import joined, num_answers, read, read_labels
+from lib.watch.recorder import Recorder
 from lib.watch.segments import MAX_US
 from serve_apps.asgi import App
-from tests.unit.serving_parts import Response, gateway, make_predict, picture, publish, request
+from tests.unit.serving_parts import (
+    Response,
+    card,
+    gateway,
+    make_predict,
+    picture,
+    publish,
+    request,
+)
 
 RAW = {"content-type": "application/octet-stream"}
 IMAGE = bytes([1] + [0] * 23)
@@ -165,6 +176,83 @@ def test_a_label_that_can_not_be_stored_is_not_acknowledged(
         assert labels["label"].to_pylist() == [1]
 
     run(tmp_path, scenario)
+
+
+async def feedback(app: App, request_id: str, index: int = 0) -> Any:
+    body = json.dumps({"request_id": request_id, "label": 1, "index": index}).encode()
+    answer = await request(app, "POST", "/feedback", body)
+    assert (answer.status, answer.json["stored"]) == (200, True)
+    return answer.json["known"]
+
+
+def test_an_answer_has_one_id_by_which_its_label_is_joined(tmp_path: Path) -> None:
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 4, 6, 1], "data": [1] + 23 * [0]}
+
+    async def scenario(app: App) -> None:
+        path = "/v2/models/shapes/infer"
+        body = json.dumps({"id": "order-17", "inputs": [tensor]}).encode()
+        # As a proxy adds it.
+        answer = await request(app, "POST", path, body, {"X-Request-Id": "proxy-1"})
+        assert answer.json["id"] == "order-17"
+        unnamed = await request(app, "POST", path, json.dumps({"inputs": [tensor]}).encode())
+        ids = ["order-17", unnamed.json["id"]]
+        ids.append((await request(app, "POST", "/predict", IMAGE, RAW)).json["request_id"])
+        # In memory alone, then in the log.
+        for _ in range(2):
+            assert [await feedback(app, request_id) for request_id in ids] == [True] * 3
+            await logged(app, tmp_path)
+        rows = joined(Storage(str(tmp_path)), "shapes", start_us=0, end_us=MAX_US).to_pylist()
+        assert {row["request_id"]: row["label"] for row in rows} == dict.fromkeys(ids, 1)
+        for wrong in ("a/b", "x" * 129):
+            body = json.dumps({"id": wrong, "inputs": [tensor]}).encode()
+            refused = await request(app, "POST", path, body)
+            assert (refused.status, "`id`" in refused.json["error"]) == (400, True)
+
+    run(tmp_path, scenario)
+
+
+def test_feedback_says_whether_there_is_an_answer_that_it_is_for(tmp_path: Path) -> None:
+    async def scenario(app: App) -> None:
+        assert await feedback(app, "nobody") is False
+        await request(app, "POST", "/predict", IMAGE, {**RAW, "X-Request-Id": "one"})
+        assert await feedback(app, "one", index=1) is False
+        assert await feedback(app, "one") is True
+        await request(app, "POST", "/predict", IMAGE, {**RAW, "X-Request-Id": "one"})
+        # Used twice: which of the answers is meant?
+        assert await feedback(app, "one") is False
+        await logged(app, tmp_path)
+        assert await feedback(app, "one") is False
+        # Answered by another gateway, which writes into the same log.
+        other = await gateway(Storage(str(tmp_path)))
+        answer = await request(other, "POST", "/predict", IMAGE, RAW)
+        assert await feedback(app, answer.json["request_id"]) is False
+        await logged(other, tmp_path)
+        assert await feedback(app, answer.json["request_id"]) is True
+
+    run(tmp_path, scenario)
+
+
+def test_the_answer_to_an_old_label_is_found_by_the_time_in_its_id(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    now_s = 1_800_014_400.0
+    old_id = f"{int(now_s) - 20 * 86_400:08x}" + "0" * 24
+    recorder = Recorder(storage, clock=lambda: now_s - 20 * 86_400)
+    answers: dict[str, Any] = {"caller": "day", "latency_s": 0.1}
+    images, probabilities = np.zeros((1, 4, 6, 1), np.uint8), np.eye(3, dtype=np.float32)[:1]
+    recorder.add(card(), images, probabilities, request_id=old_id, **answers)
+    recorder.close()
+    found = partial(num_answers, storage, "shapes", old_id, 0)
+    second = second_of(old_id)
+    assert second == now_s - 20 * 86_400
+    assert found(start_us=(second - 60) * 10**6, end_us=(second + 60) * 10**6) == 1
+    assert found(start_us=0, end_us=int(now_s * 1e6)) == 1
+    assert found(start_us=0, end_us=int(now_s * 1e6), budget_s=-1) == 1
+    other = partial(num_answers, storage, "shapes", "other", 0)
+    assert other(start_us=0, end_us=int(now_s * 1e6)) == 0
+    assert other(start_us=0, end_us=int(now_s * 1e6), budget_s=-1) is None
+    made = new_request_id()
+    assert abs((second_of(made) or 0) - time.time()) < 5
+    assert second_of("order-17") is None
 
 
 async def logged(app: App, tmp_path: Path) -> list[dict[str, Any]]:

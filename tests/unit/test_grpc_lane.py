@@ -83,7 +83,8 @@ def test_raw_and_plain_contents_give_the_same_answer_with_version_and_request_id
         context = Context(x_request_id="abc-1", x_model_version="2")
         answer = await lane.ModelInfer(infer_request(id="mine"), context)
         assert context.code is None
-        assert context.trailing == {"x-request-id": "abc-1", "x-model-version": "2"}
+        # One id: the message's, although the metadata has another, as proxies add it.
+        assert context.trailing == {"x-request-id": "mine", "x-model-version": "2"}
         assert (answer.model_name, answer.model_version, answer.id) == ("shapes", "2", "mine")
         assert list(answer.outputs[0].shape) == [2, 3]
         probabilities = np.frombuffer(answer.raw_output_contents[0], np.float32)
@@ -148,15 +149,21 @@ def test_answers_are_logged_as_over_http(tmp_path: Path) -> None:
     async def scenario(lane: Lane) -> None:
         await lane.ModelInfer(infer_request(), Context(x_request_id="a", x_model_version="2"))
         await lane.ModelInfer(infer_request(model_name="cats"), Context())
+        pinned = Context(x_model_version="2")
+        await lane.ModelInfer(infer_request(IMAGES[:1], id="order-17"), pinned)
+        refused = Context()
+        await lane.ModelInfer(infer_request(id="a/b"), refused)
+        assert refused.code == grpc.StatusCode.INVALID_ARGUMENT
+        assert "`id`" in refused.details
         recorder = lane._app.recorder
         assert recorder is not None
         await recorder.flush()
         log = read(Storage(str(tmp_path)), "shapes", start_us=0, end_us=MAX_US)
-        assert log["request_id"].to_pylist() == ["a", "a"]
-        assert log["version"].to_pylist() == [2, 2]
-        assert log["index"].to_pylist() == [0, 1]
-        assert log["image"].to_pylist() == [image.tobytes() for image in IMAGES]
-        assert log["caller"].to_pylist() == ["anyone", "anyone"]
+        assert log["request_id"].to_pylist() == ["a", "a", "order-17"]
+        assert log["version"].to_pylist() == [2, 2, 2]
+        assert log["index"].to_pylist() == [0, 1, 0]
+        assert log["image"].to_pylist() == [IMAGES[index].tobytes() for index in (0, 1, 0)]
+        assert log["caller"].to_pylist() == ["anyone"] * 3
 
     run(tmp_path, scenario)
 
