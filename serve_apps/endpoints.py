@@ -177,6 +177,7 @@ class Endpoints:
         content = table.policy.to_json()
         content["versions"] = {
             f"{name}/{number}": {
+                "run_id": version.card.run_id,
                 "test_accuracy": version.card.test_accuracy,
                 "data_digest": version.card.data_digest,
                 "runtime": version.card.runtime,

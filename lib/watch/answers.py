@@ -74,6 +74,7 @@ def to_table(answers: Answers, shares: Shares) -> pa.Table:
         "status": np.array(answers.statuses, np.int32)[request],
         "image": image,
         "features": coarse,
+        "run_id": pa.repeat(answers.card.run_id, len(request)),
     }
     return pa.table(columns, schema=SCHEMA)
 

@@ -20,7 +20,7 @@ WINDOWS_S = (30, 180, 900, 3600, 6 * 3600, 24 * 3600, 72 * 3600)
 """How far back it is looked, as far as it takes to find so many."""
 LABELS_SINCE_S = 24 * 3600
 """Where labels came in this time, they are to be expected."""
-_IMAGE_COLUMNS = ("version", "shadow", "predicted", "image")
+_IMAGE_COLUMNS = ("version", "run_id", "shadow", "predicted", "image")
 
 
 def read_answers(storage: Storage, model: str, *, start_us: int, end_us: int) -> pa.Table:
@@ -34,6 +34,7 @@ def read_logged(storage: Storage, model: str, card: Card, *, now_us: int) -> Log
     for start_us, end_us in _windows(now_us):
         found = _joined(storage, model, start_us, end_us, _IMAGE_COLUMNS)
         found = found.filter(pc.equal(found["version"], card.version))
+        found = found.filter(pc.fill_null(pc.equal(found["run_id"], card.run_id), True))
         found = found.filter(pc.invert(found["shadow"]))
         found = found.filter(pc.greater_equal(found["predicted"], 0))
         size = pc.fill_null(pc.binary_length(found["image"]), 0)

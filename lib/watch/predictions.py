@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
         ("status", pa.int32()),
         ("image", pa.binary()),
         ("features", pa.list_(pa.float32())),
+        ("run_id", pa.string()),
     ]
 )
 """A row for each image and each version that was asked about it.
@@ -52,6 +53,8 @@ status: HTTP status.
 image: uint8, height × width × channels as the model takes it, for a share of the requests.
 features: `lib.watch.features.features`; of a share under load, never of a shadow, whose image the
     row of the answer has.
+run_id: MLflow run of the version, which its number alone does not tell if a registered model was
+    deleted and made again; null in files of older gateways.
 """
 _ROOT = "predictions"
 _EXPIRE_EVERY_S = 86_400.0

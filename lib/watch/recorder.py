@@ -36,7 +36,7 @@ KEPT_IMAGE_BYTES = 2**20
 FEATURE_ROWS = 512
 """In one flush with features; under more load a smaller share, as with the images."""
 _TICK_S = 0.25
-_REPEATED = ["version", "caller", "status", "predicted", "index"]
+_REPEATED = ["version", "caller", "status", "predicted", "index", "run_id"]
 """Columns that are written as dictionaries."""
 
 _log = logging.getLogger(__name__)

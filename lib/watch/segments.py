@@ -110,6 +110,10 @@ def read_segments(
         except MissingError:
             # Its time of being kept ended since the folder was listed.
             return None
+        for name in set(loaded) - set(rows.column_names):
+            # Written before the schema had this column.
+            rows = rows.append_column(name, pa.nulls(rows.num_rows, schema.field(name).type))
+        rows = rows.select(loaded)
         times = rows["time_us"]
         inside = pc.and_(pc.greater_equal(times, start_us), pc.less(times, end_us))
         return rows.filter(inside)

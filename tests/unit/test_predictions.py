@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lib.config import Settings
@@ -19,6 +21,7 @@ from lib.line.ports import variables
 from lib.storage import Storage
 from lib.watch import labels as label_logs
 from lib.watch.labels import LabelLog, read_labels
+from lib.watch.logged import read_logged
 from lib.watch.predictions import SCHEMA, Retention, expire, joined, read
 from lib.watch.recorder import Recorder
 from lib.watch.segments import MAX_US, SPAN_US, Segments, by_span, read_segments
@@ -326,3 +329,26 @@ def test_a_clock_that_is_set_back_overwrites_nothing(tmp_path: Path) -> None:
     assert seen["time_us"].to_pylist() == sorted(times_us)
     parts = by_span(plain(times_us))
     assert [part["time_us"].to_pylist() for part in parts] == [times_us[::2], times_us[1::2]]
+
+
+def test_answers_of_another_run_with_the_same_number_are_told_apart(tmp_path: Path) -> None:
+    storage, clock = Storage(str(tmp_path)), Clock()
+    again = replace(CARDS[1], run_id="f" * 32)
+    log_answers(storage, ["a", "b"], clock=clock)
+    recorder = Recorder(storage, clock=clock)
+    answer: dict[str, Any] = {"caller": "day", "latency_s": 0.1}
+    image, probabilities = np.full((1, 4, 6, 1), 9, np.uint8), np.eye(3, dtype=np.float32)[:1]
+    recorder.add(again, image, probabilities, request_id="c", **answer)
+    recorder.close()
+    window = {"start_us": NOON_US, "end_us": NOON_US + HOUR_US}
+    rows = read(storage, "shapes", **window, columns=["run_id"])
+    assert sorted(rows["run_id"].to_pylist()) == [*2 * [CARDS[1].run_id], "f" * 32]
+    now_us = NOON_US + HOUR_US
+    found = read_logged(storage, "shapes", again, now_us=now_us)
+    assert found.images_NHWC.tolist() == image.tolist()
+    # Files of older gateways have no such column: their rows are taken by number.
+    for path in storage.list("predictions", recursive=True):
+        table = pq.read_table(storage.path(path)).drop_columns(["run_id"])
+        pq.write_table(table, storage.path(path))
+    assert read(storage, "shapes", **window).schema == SCHEMA
+    assert len(read_logged(storage, "shapes", again, now_us=now_us).images_NHWC) == 3
