@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -200,8 +201,12 @@ class Endpoints:
         return json_reply({"live": True})
 
     async def ready(self, call: Call) -> Reply:
-        """GET /v2/health/ready: a policy is loaded."""
-        return json_reply({"ready": bool(self._router.table)})
+        """GET /v2/health/ready: a policy is loaded, and each model answers."""
+        if self._router.is_ready:
+            return json_reply({"ready": True})
+        table = self._router.table
+        down = [name for name in sorted(table.policy.models) if not table.answers(name)]
+        raise PayloadError(503, f"no version of {', '.join(down)} is up; run jobs.deploy")
 
     async def model(self, call: Call) -> Reply:
         """GET /v2/models/…: the protocol's model metadata."""
@@ -212,14 +217,16 @@ class Endpoints:
         )
 
     async def model_ready(self, call: Call) -> Reply:
-        """GET /v2/models/…/ready: the model answers."""
-        version = self._pinned(call)
+        """GET /v2/models/…/ready: the version answers, or some version where none is named."""
+        table = self._router.table
+        version = table.pick(call.params["model"], call.params.get("version"), "")
         return json_reply({"name": version.card.name, "ready": True})
 
     def _pinned(self, call: Call) -> Version:
-        name, traffic = self._router.table.model(call.params["model"])
+        table = self._router.table
+        name, traffic = table.model(call.params["model"])
         pin = call.params.get("version") or str(traffic.champion)
-        return self._router.table.pick(name, pin, "")
+        return replace(table, gone=frozenset()).pick(name, pin, "")
 
 
 def _key(call: Call) -> str:

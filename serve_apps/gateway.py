@@ -11,6 +11,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
+from ray.serve.schema import ApplicationStatus
 
 from lib.config import log_days, log_images_percent
 from lib.device import granted_device
@@ -18,11 +19,11 @@ from lib.serving.batcher import Predict
 from lib.serving.bundle import Card
 from lib.serving.channel import ChannelLost, Channels, channel_folder
 from lib.serving.keys import Keys, authenticate, read_keys
-from lib.serving.plan import VERSION_DEPLOYMENT, names, version_application
+from lib.serving.plan import GATEWAY, VERSION_DEPLOYMENT, names, version_application
 from lib.serving.policy import acknowledge
 from lib.serving.predictor import load_predictor
 from lib.serving.record import Record
-from lib.serving.router import Images, Probabilities, Router, with_retries
+from lib.serving.router import Images, Probabilities, Router, unless_gone, with_retries
 from lib.serving.traffic import COLOCATED
 from lib.storage import Storage
 from lib.watch.predictions import Retention
@@ -36,10 +37,14 @@ from serve_apps.reporter import Reporter
 from serve_apps.scaling import BUSY, CALLS, BusyMeter
 
 POLICY_POLL_S = 0.3
+STATUS_POLL_S = 2.0
+"""Between questions to Serve's controller which applications there are."""
 REPORT_EVERY_S = 5.0
 CALL_DEADLINE_S = 30.0
 MAX_INLINE_IMAGES = 64
 """A colocated batch up to this size is answered on the event loop: a thread would cost more."""
+
+_GONE = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DELETING)
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +65,8 @@ class Gateway(GrpcLane):
         )
         self._keys: Keys | None = None
         self._channels: dict[str, Channels] = {}
+        self._gone: dict[str, asyncio.Event] = {}
+        """Application → set while it is gone."""
         self._tasks: list[asyncio.Task[None]] = []
         self._meter: BusyMeter | None = None
 
@@ -76,6 +83,7 @@ class Gateway(GrpcLane):
         )
         self._tasks = [
             loop.create_task(self._follow_policy()),
+            loop.create_task(self._follow_applications()),
             loop.create_task(self._keep_records()),
             loop.create_task(self._recorder.run()),
         ]
@@ -111,6 +119,38 @@ class Gateway(GrpcLane):
                 # The last policy stays in force, and the next round tries again.
                 _log.exception("the traffic policy could not be read")
             await asyncio.sleep(POLICY_POLL_S)
+
+    async def _follow_applications(self) -> None:
+        """Tell the router which versions' applications are gone, so that nobody waits for them."""
+        while True:
+            await asyncio.sleep(STATUS_POLL_S)
+            if not self._router.has_table:
+                continue
+            try:
+                # Applications are up before the policy needs them, so what is asked for after
+                # reading the policy and is missing was deleted.
+                needed = {
+                    key: version_application(*key)
+                    for key, version in self._router.table.versions.items()
+                    if version.placement != COLOCATED
+                }
+                status = await asyncio.to_thread(serve.status)
+                there = {n for n, app in status.applications.items() if app.status not in _GONE}
+                if GATEWAY not in there:
+                    # Serve lists nothing while its store is away.
+                    continue
+                gone = {key for key, application in needed.items() if application not in there}
+                for key, application in needed.items():
+                    event = self._gone.setdefault(application, asyncio.Event())
+                    if key in gone and not event.is_set():
+                        _log.error("Serve has no application %s; run jobs.deploy", application)
+                        event.set()
+                    elif key not in gone:
+                        event.clear()
+                self._router.set_gone(gone)
+            except Exception:
+                # Requests are answered on; only a version that goes now is waited for.
+                _log.exception("Serve's applications could not be listed")
 
     def _forget_channels(self) -> None:
         """Close the channels to versions that have left the policy."""
@@ -151,12 +191,13 @@ class Gateway(GrpcLane):
         await channels.refresh()
         self._channels[application] = channels
 
+        gone = self._gone.setdefault(application, asyncio.Event())
+
         async def predict(images_NHWC: Images) -> Probabilities:
             channel = channels.pick()
             if channel is not None:
                 return await channel.call(images_NHWC)
-            result: Probabilities = await handle.predict.remote(images_NHWC)
-            return result
+            return await unless_gone(gone, handle.predict.remote(images_NHWC))
 
         retriable = (ChannelLost, RayActorError, BackPressureError, RequestCancelledError)
         return with_retries(predict, retriable, deadline_s=CALL_DEADLINE_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -60,7 +60,7 @@ class GrpcLane:
         return messages.ServerLiveResponse(live=True)
 
     async def ServerReady(self, message: Any, grpc_context: Any) -> Any:
-        """Whether a policy is loaded."""
+        """Whether a policy is loaded, and each model answers."""
         return messages.ServerReadyResponse(ready=self._router.is_ready)
 
     async def ServerMetadata(self, message: Any, grpc_context: Any) -> Any:
@@ -71,7 +71,7 @@ class GrpcLane:
         """Whether a model, or one version of it, answers."""
 
         async def answer(call: _Call) -> Any:
-            self._pinned(message.name, message.version)
+            self._router.table.pick(message.name, message.version or None, "")
             return messages.ModelReadyResponse(ready=True)
 
         return await self._answered(message, grpc_context, answer, messages.ModelReadyResponse)
@@ -106,8 +106,10 @@ class GrpcLane:
         return oip_grpc.render_infer(version.card, probabilities_NK, call.request_id)
 
     def _pinned(self, name: str, version: str) -> Version:
-        _, traffic = self._router.table.model(name)
-        return self._router.table.pick(name, version or str(traffic.champion), "")
+        table = self._router.table
+        _, traffic = table.model(name)
+        pin = version or str(traffic.champion)
+        return replace(table, gone=frozenset()).pick(name, pin, "")
 
     async def _answered(
         self,

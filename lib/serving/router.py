@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,8 @@ class Table:
 
     policy: Policy
     versions: Mapping[tuple[str, int], Version]
+    gone: frozenset[tuple[str, int]] = frozenset()
+    """Versions whose Serve applications are not there, though the policy needs them."""
 
     def model(self, name: str | None) -> tuple[str, ModelTraffic]:
         """Return a model's name and traffic; raise PayloadError 404 for an unknown one."""
@@ -57,16 +59,32 @@ class Table:
         return name, traffic
 
     def pick(self, name: str | None, pin: str | None, key: str) -> Version:
-        """Return the version for a request; raise PayloadError 404 for an unknown one."""
+        """Return the version for a request.
+
+        Raises PayloadError 404 for an unknown one, and 503 for one whose application is gone;
+        requests that name no version go to the others then, by their weights.
+        """
         name, traffic = self.model(name)
         if pin is None:
-            number = traffic.pins.get(key) or choose(traffic.weights, key)
+            pinned, weights = traffic.pins.get(key), traffic.weights
+            if self.gone:
+                pinned = None if (name, pinned) in self.gone else pinned
+                weights = {n: w for n, w in weights.items() if (name, n) not in self.gone}
+            number = pinned or choose(weights, key)
         elif pin.isdecimal() and len(pin) < 10 and int(pin) in traffic.bundles:
             number = int(pin)
         else:
             known = ", ".join(str(version) for version in sorted(traffic.bundles))
             raise PayloadError(404, f"no version {pin!r} of {name} is served; there are: {known}")
+        if number < 0 or (name, number) in self.gone:
+            which = f"version {pin} of {name} is" if pin else f"the versions of {name} are"
+            raise PayloadError(503, f"{which} not up in Serve; `python -m jobs.deploy` repairs it")
         return self.versions[name, number]
+
+    def answers(self, name: str) -> bool:
+        """Whether requests for a model that name no version are answered."""
+        weights = self.policy.models[name].weights
+        return any(weight > 0 and (name, n) not in self.gone for n, weight in weights.items())
 
 
 class Router:
@@ -96,9 +114,19 @@ class Router:
         return self._table
 
     @property
-    def is_ready(self) -> bool:
+    def has_table(self) -> bool:
         """Whether a policy is loaded."""
         return self._table is not None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a policy is loaded and each of its models answers."""
+        return self._table is not None and all(map(self._table.answers, self._table.policy.models))
+
+    def set_gone(self, gone: Collection[tuple[str, int]]) -> None:
+        """Take versions out of the routing whose applications are gone, and put others back."""
+        if self._table is not None and gone != self._table.gone:
+            self._table = replace(self._table, gone=frozenset(gone))
 
     async def refresh(self) -> bool:
         """Read the policy and, if it is newer, build the next table; return whether it changed.
@@ -118,9 +146,11 @@ class Router:
                 if version is None or (version.bundle, version.placement) != (bundle, placement):
                     version = await self._open(bundle, placement)
                 versions[name, number] = version
+        gone = self._table.gone if self._table else frozenset()
+        gone = frozenset(key for key in gone if versions.get(key) is old.get(key))
         kept = {id(version) for version in versions.values()}
         self._retired += [version.batcher for version in old.values() if id(version) not in kept]
-        self._table = Table(policy, versions)
+        self._table = Table(policy, versions, gone)
         return True
 
     async def _open(self, bundle: str, placement: str) -> Version:
@@ -180,6 +210,22 @@ class Router:
 
 async def _submit(version: Version, images_NHWC: Images) -> Probabilities:
     return await version.batcher.submit(images_NHWC)
+
+
+async def unless_gone(gone: asyncio.Event, answer: Awaitable[Probabilities]) -> Probabilities:
+    """Return an answer; raise Unavailable as soon as the application is gone.
+
+    A call of a Serve handle to an application that was deleted never ends by itself.
+    """
+    call, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(gone.wait())
+    try:
+        await asyncio.wait({call, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if call.done():
+            return call.result()
+        raise Unavailable("its Serve application is gone")
+    finally:
+        call.cancel()
+        leaving.cancel()
 
 
 def with_retries(

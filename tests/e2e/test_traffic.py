@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from mlflow import MlflowClient
 
 from lib.config import Settings
 from lib.serving import policy
-from lib.serving.client import ServeClient
+from lib.serving.client import ServeClient, live_applications
+from lib.serving.plan import serve_config
 from lib.storage import Storage
 from tests.data_sources import mnist
 from tests.e2e.clients import load, until
@@ -199,6 +201,68 @@ def test_replicas_answer_nobody_but_gateways(line: LiveLine, settings: Settings)
                 assert requests.post(url, b"", timeout=TIMEOUT_S).status_code == 403
                 found += 1
     assert found
+
+
+TEAM_B = """
+from ray import serve
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class B:
+    async def __call__(self, request):
+        return "team b"
+
+app = B.bind()
+"""
+
+
+def test_an_application_that_was_deleted_is_not_ready_and_a_foreign_one_stays(
+    line: LiveLine, settings: Settings, image: bytes, tmp_path: Path
+) -> None:
+    client = ServeClient(settings)
+    with zipfile.ZipFile(tmp_path / "teamb.zip", "w") as archive:
+        archive.writestr("teamb.py", TEAM_B)
+    team_b = {
+        "name": "team-b",
+        "import_path": "teamb:app",
+        "route_prefix": "/team-b",
+        "runtime_env": {"working_dir": (tmp_path / "teamb.zip").as_uri()},
+    }
+    live = live_applications(client.details())
+    client.apply(serve_config(settings, [*live.values(), team_b]))
+    traffic = in_force(line)["models"]["digits"]
+    other = next(n for n in traffic["bundles"] if n != str(traffic["champion"]))
+    deploy(line, "weights", f"{traffic['champion']}=50", f"{other}=50")
+    until(
+        lambda: client.details()["applications"]["team-b"]["status"] == "RUNNING",
+        what="the other team's application",
+    )
+    ready = f"{line.url}/v2/models/digits/versions/{other}/ready"
+    assert requests.get(ready, timeout=TIMEOUT_S).status_code == 200
+    live = live_applications(client.details())
+    gone = live.pop(f"digits-v{other}")
+    client.apply(serve_config(settings, list(live.values())))
+    # Each gateway finds out for itself.
+    until(
+        lambda: {requests.get(ready, timeout=TIMEOUT_S).status_code for _ in range(20)} == {503},
+        deadline_s=20,
+        what="that version not being ready",
+    )
+    assert answered_by(line, image) == {traffic["champion"]}
+    pinned = {"Content-Type": "application/octet-stream", "X-Model-Version": other}
+    refused = requests.post(f"{line.url}/predict", image, headers=pinned, timeout=5)
+    assert (refused.status_code, "jobs.deploy" in refused.json()["error"]) == (503, True)
+    deploy(line)
+    until(
+        lambda: {requests.get(ready, timeout=TIMEOUT_S).status_code for _ in range(20)} == {200},
+        deadline_s=20,
+        what="that version being ready again",
+    )
+    assert answered_by(line, image) == {traffic["champion"], int(other)}
+    live = live_applications(client.details())
+    assert live[f"digits-v{other}"]["args"] == gone["args"]
+    foreign = live.pop("team-b")
+    assert foreign["import_path"] == "teamb:app"
+    client.apply(serve_config(settings, list(live.values())))
 
 
 def test_killing_every_replica_of_all_versions_is_survived(

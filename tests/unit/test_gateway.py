@@ -15,10 +15,10 @@ import pytest
 
 from lib.errors import StorageError
 from lib.serving import payload
-from lib.serving.batcher import Predict
+from lib.serving.batcher import Predict, Unavailable
 from lib.serving.bundle import Card
 from lib.serving.feedback import PROBE_ID, new_request_id, second_of
-from lib.serving.router import Images, Probabilities, Router
+from lib.serving.router import Images, Probabilities, Router, unless_gone
 from lib.storage import Storage
 from lib.watch.predictions import joined, num_answers, read, read_labels
 from lib.watch.recorder import Recorder
@@ -26,6 +26,7 @@ from lib.watch.segments import MAX_US
 from serve_apps.asgi import App
 from tests.unit.serving_parts import (
     Response,
+    app_over,
     card,
     gateway,
     make_predict,
@@ -395,6 +396,69 @@ def test_metadata_traffic_and_health_describe_what_is_served(tmp_path: Path) -> 
         assert b"swagger" in (await request(app, "GET", "/docs")).body
 
     run(tmp_path, scenario)
+
+
+def test_a_version_whose_application_is_gone_is_not_ready_and_gets_no_request(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        storage = Storage(str(tmp_path))
+        publish(storage, {1: 50, 2: 50})
+        router = Router(storage, make_predict)
+        await router.refresh()
+        app = app_over(router, storage)
+
+        async def status(path: str) -> int:
+            return (await request(app, "GET", path)).status
+
+        async def answered_by() -> set[int]:
+            headers = [{**RAW, "X-Routing-Key": f"user-{number}"} for number in range(40)]
+            answers = [await request(app, "POST", "/predict", IMAGE, each) for each in headers]
+            assert {answer.status for answer in answers} == {200}
+            return {answer.json["model_version"] for answer in answers}
+
+        assert await answered_by() == {1, 2}
+        router.set_gone({("shapes", 2)})
+        assert await answered_by() == {1}
+        pinned = await request(app, "POST", "/predict", IMAGE, {**RAW, "X-Model-Version": "2"})
+        assert (pinned.status, pinned.headers["retry-after"]) == (503, "1")
+        assert "version 2 of shapes is not up in Serve" in pinned.json["error"]
+        assert await status("/v2/models/shapes/versions/2/ready") == 503
+        assert await status("/v2/models/shapes/versions/2") == 200
+        for path in ("/v2/models/shapes/versions/1/ready", "/v2/models/shapes/ready"):
+            assert await status(path) == 200
+        assert await status("/v2/health/ready") == 200
+        # A new policy does not bring it back; its application, once it is there again, does.
+        publish(storage, {1: 90, 2: 10})
+        await router.refresh()
+        assert await answered_by() == {1}
+        router.set_gone({("shapes", 1), ("shapes", 2)})
+        for path in ("/v2/health/ready", "/v2/models/shapes/ready"):
+            assert await status(path) == 503
+        assert (await request(app, "POST", "/predict", IMAGE, RAW)).status == 503
+        router.set_gone(())
+        assert await status("/v2/health/ready") == 200
+        assert 2 in await answered_by()
+
+    asyncio.run(scenario())
+
+
+def test_a_call_to_an_application_that_goes_ends_at_once() -> None:
+    async def scenario() -> None:
+        gone = asyncio.Event()
+        never = asyncio.get_running_loop().create_future()
+        call = asyncio.ensure_future(unless_gone(gone, never))
+        await asyncio.sleep(0)
+        gone.set()
+        with pytest.raises(Unavailable, match="application is gone"):
+            await asyncio.wait_for(call, 5)
+        assert never.cancelled()
+        gone.clear()
+        answer = asyncio.get_running_loop().create_future()
+        answer.set_result(np.eye(1, dtype=np.float32))
+        assert (await unless_gone(gone, answer)).tolist() == [[1]]
+
+    asyncio.run(scenario())
 
 
 def test_before_the_first_deploy_the_gateway_is_live_and_not_ready(tmp_path: Path) -> None:
