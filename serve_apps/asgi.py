@@ -6,6 +6,7 @@ requests are taken apart here; FastAPI only writes the OpenAPI document, from th
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -23,7 +24,7 @@ from lib.config import MAX_BODY_BYTES
 from lib.serving.bundle import Card
 from lib.serving.feedback import PROBE_ID, REQUEST_ID, new_request_id
 from lib.serving.keys import ANYONE
-from lib.serving.payload import PayloadError
+from lib.serving.payload import PayloadError, decoded
 from lib.serving.record import Record
 from lib.serving.router import RETRY_AFTER_S
 from lib.watch.recorder import Recorder
@@ -163,6 +164,10 @@ class App:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
+        if scope["type"] == "websocket":
+            # Before it is accepted, so the answer is a plain 403.
+            await send({"type": "websocket.close", "code": 1000, "reason": "there is none here"})
+            return
         if scope["type"] != "http":
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -178,6 +183,9 @@ class App:
             if not route.is_open:
                 caller = self.admit(headers)
             body = await _read(headers, receive) if scope["method"] == "POST" else b""
+            if body and (encoding := headers.get(b"content-encoding")):
+                # In a thread: a few bytes can hold all that the limit allows.
+                body = await asyncio.to_thread(decoded, body, encoding)
             call = Call(params, headers, body, request_id, caller)
             reply = await route.handler(call)
         except PayloadError as error:
@@ -187,6 +195,10 @@ class App:
                 reply.headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
             elif error.status == 401:
                 reply.headers.append((b"www-authenticate", b"Bearer"))
+            elif error.status == 405:
+                reply.headers.append((b"allow", ", ".join(self._methods(scope["path"])).encode()))
+            elif error.status == 415 and b"content-encoding" in headers:
+                reply.headers.append((b"accept-encoding", b"gzip, deflate"))
         except Exception:
             request_id = call.request_id if call else request_id
             _log.exception("request %s failed", request_id)
@@ -204,7 +216,13 @@ class App:
         await send(
             {"type": "http.response.start", "status": reply.status, "headers": reply.headers}
         )
-        await send({"type": "http.response.body", "body": reply.body})
+        await send(
+            {
+                "type": "http.response.body",
+                # The length of a HEAD's answer is that of the GET's.
+                "body": b"" if scope["method"] == "HEAD" else reply.body,
+            }
+        )
 
     def admit(self, headers: Mapping[bytes, bytes]) -> str:
         """Return the caller's name; raise PayloadError 401, or 503 if too much is in flight."""
@@ -232,17 +250,24 @@ class App:
         )
 
     def _match(self, method: str, path: str) -> tuple[Route, Mapping[str, str]]:
-        methods, params = self._exact.get(path), {}
-        if methods is None:
-            for pattern, candidates in self._patterns:
-                if match := pattern.fullmatch(path):
-                    methods, params = candidates, match.groupdict()
-                    break
-            else:
-                raise PayloadError(404, f"there is no {path}; see /docs")
-        if method not in methods:
-            raise PayloadError(405, f"{path} takes {', '.join(sorted(methods))}, not {method}")
-        return methods[method], params
+        methods, params = self._find(path)
+        route = methods.get("GET" if method == "HEAD" else method)
+        if route is None:
+            raise PayloadError(405, f"{path} takes {', '.join(self._methods(path))}, not {method}")
+        return route, params
+
+    def _find(self, path: str) -> tuple[Mapping[str, Route], Mapping[str, str]]:
+        methods = self._exact.get(path)
+        if methods is not None:
+            return methods, {}
+        for pattern, candidates in self._patterns:
+            if match := pattern.fullmatch(path):
+                return candidates, match.groupdict()
+        raise PayloadError(404, f"there is no {path}; see /docs")
+
+    def _methods(self, path: str) -> list[str]:
+        methods, _ = self._find(path)
+        return sorted({*methods, *(["HEAD"] if "GET" in methods else [])})
 
     async def _openapi(self, call: Call) -> Reply:
         if self._document is None:

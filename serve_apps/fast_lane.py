@@ -49,7 +49,10 @@ class FastLane:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, refuse, or leave the request to Serve."""
-        if scope["type"] != "http" or scope["path"].startswith(_OF_SERVE):
+        if scope["type"] == "websocket":
+            # Serve's own wrapper would fail on it; closed before it is accepted, it is a plain 403.
+            await send({"type": "websocket.close", "code": 1000, "reason": "there is none here"})
+        elif scope["type"] != "http" or scope["path"].startswith(_OF_SERVE):
             await self._app(scope, receive, send)
         elif self._refuses:
             length = (b"content-length", str(len(_REFUSAL)).encode())

@@ -6,6 +6,7 @@ JSON tensors and the binary tensor data extension (Inference-Header-Content-Leng
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +57,25 @@ def parse_infer(body: bytes, header_length: str | None, card: Card) -> InferRequ
     identifier = content.get("id")
     if identifier is not None and not isinstance(identifier, str):
         raise PayloadError(400, "`id` must be a string")
+    check_parameters("the input", tensor.get("parameters"), {"binary_data_size"})
     wants_binary = _wants_binary(content)
     return InferRequest(_images(tensor, binary, card), check_id(identifier), wants_binary)
+
+
+def check_parameters(where: str, parameters: Any, known: Collection[str]) -> None:
+    """Raise PayloadError 400 for parameters that would change the answer, if they were honoured."""
+    if parameters is None:
+        return
+    if not isinstance(parameters, Mapping):
+        raise PayloadError(400, f"`parameters` of {where} must be an object")
+    if unknown := sorted(set(parameters) - set(known)):
+        hint = (
+            "; the output holds the probability of every class, so take the largest of them"
+            if "classification" in unknown
+            else ""
+        )
+        names = ", ".join(map(repr, unknown))
+        raise PayloadError(400, f"parameters of {where} that are not supported: {names}{hint}")
 
 
 def check_id(identifier: str | None) -> str | None:
@@ -123,7 +141,8 @@ def _from_data(data: Any, shape: list[int], expected: int) -> npt.NDArray[np.uin
 
 def _wants_binary(content: dict[str, Any]) -> bool:
     parameters = content.get("parameters")
-    wanted = isinstance(parameters, dict) and bool(parameters.get("binary_data_output"))
+    check_parameters("the request", parameters, {"binary_data_output"})
+    wanted = bool((parameters or {}).get("binary_data_output"))
     outputs = content.get("outputs")
     if outputs is None:
         return wanted
@@ -133,7 +152,8 @@ def _wants_binary(content: dict[str, Any]) -> bool:
         if not isinstance(output, dict) or output.get("name") != OUTPUT:
             raise PayloadError(422, f"the only output is {OUTPUT!r}")
         parameters = output.get("parameters")
-        if isinstance(parameters, dict) and "binary_data" in parameters:
+        check_parameters("the output", parameters, {"binary_data"})
+        if parameters and "binary_data" in parameters:
             wanted = bool(parameters["binary_data"])
     return wanted
 

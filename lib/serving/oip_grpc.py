@@ -17,12 +17,16 @@ from lib.serving.payload import PayloadError
 
 
 def parse_infer(request: Any, card: Card) -> npt.NDArray[np.uint8]:
-    """Return the images (N, H, W, C) of a ModelInferRequest; raise PayloadError 422 or 413."""
+    """Return the images (N, H, W, C) of a ModelInferRequest; raise PayloadError if it is wrong."""
     if len(request.inputs) != 1:
         raise PayloadError(422, f"`inputs` must hold one tensor, named {oip.INPUT!r}")
     if any(output.name != oip.OUTPUT for output in request.outputs):
         raise PayloadError(422, f"the only output is {oip.OUTPUT!r}")
     tensor = request.inputs[0]
+    oip.check_parameters("the request", request.parameters, ())
+    oip.check_parameters("the input", tensor.parameters, ())
+    for output in request.outputs:
+        oip.check_parameters("the output", output.parameters, ())
     shape = oip.check_input(tensor.name, tensor.datatype, list(tensor.shape), card)
     expected = shape[0] * card.image_bytes
     if request.raw_input_contents:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import orjson
 from PIL import Image
 
+from lib.config import MAX_BODY_BYTES
 from lib.data.pictures import DECODE_ERRORS, MAX_PIXELS, PICTURE_STARTS, to_mode
 from lib.serving.bundle import Card
 
@@ -25,6 +27,37 @@ class PayloadError(Exception):
         super().__init__(message)
         self.status = status
         self.message = message
+
+
+def decoded(body: bytes, encoding: bytes) -> bytes:
+    """Undo a request's Content-Encoding; the limit on bodies holds for what comes out.
+
+    Raises PayloadError 415 for an encoding that is not taken, 413 for a body that grows beyond
+    MAX_BODY_BYTES, and 400 for one that is damaged.
+    """
+    names = [name.strip() for name in encoding.decode("latin-1").lower().split(",")]
+    codings = [name for name in names if name not in ("", "identity")]
+    if not codings:
+        return body
+    if len(codings) > 1 or codings[0] not in ("gzip", "x-gzip", "deflate"):
+        raise PayloadError(
+            415, f"Content-Encoding {', '.join(codings)!r} is not taken; send gzip, deflate or none"
+        )
+    # 32 more than the window: gzip or zlib, as the first bytes say. Some clients' deflate has
+    # neither header.
+    has_header = body.startswith(b"\x1f\x8b") or (
+        body[0] & 15 == 8 and int.from_bytes(body[:2], "big") % 31 == 0
+    )
+    stream = zlib.decompressobj(zlib.MAX_WBITS | 32 if has_header else -zlib.MAX_WBITS)
+    try:
+        result = stream.decompress(body, MAX_BODY_BYTES + 1)
+    except zlib.error as error:
+        raise PayloadError(400, f"the compressed body is damaged: {error}") from error
+    if len(result) > MAX_BODY_BYTES:
+        raise PayloadError(413, f"the decoded body is larger than {MAX_BODY_BYTES} bytes")
+    if not stream.eof or stream.unused_data:
+        raise PayloadError(400, "the compressed body ends too early, or something follows it")
+    return result
 
 
 def parse_predict(body: bytes, content_type: str, card: Card) -> Images:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import time
+import zlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from lib.watch.predictions import joined, num_answers, read, read_labels
 from lib.watch.recorder import Recorder
 from lib.watch.segments import MAX_US
 from serve_apps.asgi import App
+from serve_apps.fast_lane import FastLane
 from tests.unit.serving_parts import (
     Response,
     app_over,
@@ -140,6 +143,118 @@ def test_an_oversize_body_is_refused_before_it_is_read_whole(
         # No Content-Length, as with chunked transfer.
         answer = await request(app, "POST", "/predict", bytes(4000), RAW)
         assert answer.status == 413
+
+    run(tmp_path, scenario)
+
+
+def bare_deflate(body: bytes) -> bytes:
+    stream = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return stream.compress(body) + stream.flush()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "encode"),
+    [
+        ("gzip", gzip.compress),
+        ("x-gzip", gzip.compress),
+        ("deflate", zlib.compress),
+        ("Deflate", bare_deflate),
+        ("identity", bytes),
+    ],
+)
+def test_compressed_bodies_are_answered_as_plain_ones(
+    tmp_path: Path, encoding: str, encode: Callable[[bytes], bytes]
+) -> None:
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 4, 6, 1]}
+    header = json.dumps({"inputs": [{**tensor, "parameters": {"binary_data_size": 24}}]}).encode()
+
+    async def scenario(app: App) -> None:
+        headers = {**RAW, "Content-Encoding": encoding}
+        answer = await request(app, "POST", "/predict", encode(IMAGE), headers)
+        assert (answer.status, answer.json["label"]) == (200, "circle")
+        # The lengths in the headers of the protocol are those before compression.
+        headers["Inference-Header-Content-Length"] = str(len(header))
+        path = "/v2/models/shapes/infer"
+        answer = await request(app, "POST", path, encode(header + IMAGE), headers)
+        assert answer.json["outputs"][0]["data"] == [0, 1, 0]
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "status"),
+    [
+        (gzip.compress(bytes(16 * 2**20 + 1)), "gzip", 413),
+        (gzip.compress(IMAGE)[:-9], "gzip", 400),
+        (gzip.compress(IMAGE) * 2, "gzip", 400),
+        (IMAGE, "gzip", 400),
+        (IMAGE, "br", 415),
+        (gzip.compress(gzip.compress(IMAGE)), "gzip, gzip", 415),
+    ],
+)
+def test_a_compressed_body_that_can_not_be_taken_gets_its_status(
+    tmp_path: Path, body: bytes, encoding: str, status: int
+) -> None:
+    async def scenario(app: App) -> None:
+        headers = {**RAW, "Content-Encoding": encoding}
+        answer = await request(app, "POST", "/predict", body, headers)
+        assert answer.status == status, answer.body
+        assert ("accept-encoding" in answer.headers) == (status == 415)
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parameters": {"priority": 3}},
+        {"parameters": [1]},
+        {"outputs": [{"name": "probabilities", "parameters": {"classification": 2}}]},
+        {"input_parameters": {"shared_memory_region": "x"}},
+    ],
+)
+def test_parameters_that_are_not_honoured_are_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 4, 6, 1], "data": [0] * 24}
+    if "input_parameters" in change:
+        tensor["parameters"] = change["input_parameters"]
+
+    async def scenario(app: App) -> None:
+        body = json.dumps({"inputs": [tensor], **change}).encode()
+        answer = await request(app, "POST", "/v2/models/shapes/infer", body)
+        assert (answer.status, "parameters" in answer.json["error"]) == (400, True)
+
+    run(tmp_path, scenario)
+
+
+def test_head_is_a_get_without_a_body_and_405_says_what_is_allowed(tmp_path: Path) -> None:
+    async def scenario(app: App) -> None:
+        for path in ("/", "/docs", "/v2/health/live", "/v2/health/ready", "/v2/models/shapes"):
+            got, head = [await request(app, method, path) for method in ("GET", "HEAD")]
+            assert (head.status, head.body) == (200, b"")
+            assert head.headers["content-length"] == str(len(got.body))
+        refused = await request(app, "HEAD", "/predict")
+        assert (refused.status, refused.headers["allow"]) == (405, "POST")
+        assert (await request(app, "POST", "/traffic")).headers["allow"] == "GET, HEAD"
+
+    run(tmp_path, scenario)
+
+
+def test_a_websocket_is_refused_before_it_is_accepted(tmp_path: Path) -> None:
+    async def scenario(app: App) -> None:
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "websocket.connect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+
+        scope: dict[str, Any] = {"type": "websocket", "path": "/predict", "headers": []}
+        await app(scope, receive, send)
+        await FastLane(app, refuses=False)(scope, receive, send)
+        assert sent == ["websocket.close"] * 2
 
     run(tmp_path, scenario)
 

@@ -76,6 +76,11 @@ def as_numbers(request: Any, values: list[int]) -> Any:
     return request
 
 
+def with_class_count(request: Any) -> None:
+    output = request.outputs.add(name="probabilities")
+    output.parameters["classification"].int64_param = 2
+
+
 def test_raw_and_plain_contents_give_the_same_answer_with_version_and_request_id(
     tmp_path: Path,
 ) -> None:
@@ -105,6 +110,7 @@ def test_raw_and_plain_contents_give_the_same_answer_with_version_and_request_id
         (lambda r: r.inputs[0].shape.append(1), "INVALID_ARGUMENT", "[N, 4, 6, 1]"),
         (lambda r: r.inputs.add(name="more"), "INVALID_ARGUMENT", "one tensor"),
         (lambda r: r.outputs.add(name="logits"), "INVALID_ARGUMENT", "probabilities"),
+        (with_class_count, "INVALID_ARGUMENT", "'classification'"),
         (lambda r: r.raw_input_contents.append(b"x"), "INVALID_ARGUMENT", "raw contents"),
         (lambda r: as_numbers(r, [1, 2]), "INVALID_ARGUMENT", "2 values"),
         (lambda r: as_numbers(r, [256] * 48), "INVALID_ARGUMENT", "0–255"),
