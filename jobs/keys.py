@@ -4,7 +4,7 @@
     python -m jobs.keys list
     python -m jobs.keys remove night-shift
 
-Only hashes are kept. Gateways follow within 2 s.
+Only hashes of these keys are kept. Gateways follow within 2 s.
 """
 
 from __future__ import annotations

@@ -155,7 +155,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     deleted.add_argument("--dry-run", action="store_true", help="only say what would go")
     gc.add_argument("--yes", action="store_true", help="remove what was found")
     saved.add_argument("--with-data", action="store_true", help="the images too")
-    saved.add_argument("--with-keys", action="store_true", help="the hashes of API keys too")
+    saved.add_argument(
+        "--with-keys",
+        action="store_true",
+        help="keys.json too: hashes of API keys, and the line's own key",
+    )
     return parser.parse_args(argv)
 
 

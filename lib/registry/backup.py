@@ -4,7 +4,7 @@ It is made through the APIs of MLflow and of storage, so it can be restored into
 kinds at other places. Included are all models' versions with aliases, tags and files, the runs of
 their trials and sweeps with all that was recorded, the policy with its history, manifests and
 baselines. Not included are trials that are no versions, versions that something else than Rayline
-made, predictions, and, unless asked for, images and the hashes of API keys.
+made, predictions, and, unless asked for, images and `keys.json`.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ class _Writer:
         if not with_data:
             self.notes.append("images are not in it (--with-data): ingest them again from source")
         if not with_keys and self.storage.exists(KEYS_FILE):
-            self.notes.append("API keys are not in it (--with-keys takes their hashes)")
+            self.notes.append(
+                "API keys are not in it (--with-keys takes their hashes, and the line's own key)"
+            )
         return len(paths)
 
     def _registered_models(self) -> Iterator[RegisteredModel]:

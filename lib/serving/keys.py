@@ -1,4 +1,7 @@
-"""API keys: who may ask for predictions. Only hashes are kept, below the storage root.
+"""API keys: who may ask for predictions.
+
+Callers' keys are kept as hashes, below the storage root. The line's own key, by which deploys
+probe, lies beside them as it is: whoever can read storage can use it.
 
 The file is the setting: once it is there, every prediction needs a key, also when none is left in
 it. `python -m jobs.keys add NAME` makes it.
@@ -6,11 +9,14 @@ it. `python -m jobs.keys add NAME` makes it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
+import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +25,7 @@ from lib.serving.payload import PayloadError
 from lib.storage import Storage
 
 KEYS_FILE = "keys.json"
+_LOCK_FILE = ".keys.lock"
 INTERNAL = "rayline"
 """Name of the key that deploys probe with; whoever can read storage can read it."""
 ANYONE = "anyone"
@@ -71,25 +78,25 @@ def add_key(storage: Storage, name: str) -> str:
             f"key name {name!r}: use letters, digits, `_`, `.`, `-`, and neither {ANYONE!r} nor "
             f"{INTERNAL!r}"
         )
-    content = _content(storage)
-    if name in content["keys"]:
-        raise ServingError(f"there is a key named {name!r}; remove it first, or use another name")
     key = f"rl_{secrets.token_urlsafe(32)}"
     created = datetime.now(UTC).isoformat(timespec="seconds")
     sha256 = hashlib.sha256(key.encode()).hexdigest()
-    content["keys"][name] = {"sha256": sha256, "created": created}
-    storage.write_json(KEYS_FILE, content)
+    with _changed(storage) as content:
+        if name in content["keys"]:
+            raise ServingError(
+                f"there is a key named {name!r}; remove it first, or use another name"
+            )
+        content["keys"][name] = {"sha256": sha256, "created": created}
     return key
 
 
 def remove_key(storage: Storage, name: str) -> None:
     """Take a key's access away; gateways follow within 2 s."""
-    content = _content(storage)
-    if name not in content["keys"]:
-        there = ", ".join(content["keys"]) or "none"
-        raise ServingError(f"there is no key named {name!r}; there are: {there}")
-    del content["keys"][name]
-    storage.write_json(KEYS_FILE, content)
+    with _changed(storage) as content:
+        if name not in content["keys"]:
+            there = ", ".join(content["keys"]) or "none"
+            raise ServingError(f"there is no key named {name!r}; there are: {there}")
+        del content["keys"][name]
 
 
 def authenticate(keys: Keys | None, headers: Mapping[bytes, bytes]) -> str:
@@ -121,6 +128,31 @@ def name_of_caller(storage: Storage, key: str | None) -> str | None:
     if name is None:
         raise ServingError("this line asks for API keys: set RAYLINE_API_KEY to yours")
     return name
+
+
+@contextmanager
+def _changed(storage: Storage) -> Iterator[dict[str, Any]]:
+    """Yield the file's content and write it back, while no other process does the same.
+
+    The kernel frees the lock of a process that is killed. Object stores have no locks: there two
+    changes of the same second can lose one of them, as with every file that is replaced.
+    """
+    if not storage.is_local:
+        content = _content(storage)
+        yield content
+        storage.write_json(KEYS_FILE, content)
+        return
+    path = storage.path(_LOCK_FILE)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        lock = open(path, "w")  # noqa: SIM115
+    except OSError as error:
+        raise storage.failure(_LOCK_FILE, error) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        content = _content(storage)
+        yield content
+        storage.write_json(KEYS_FILE, content)
 
 
 def _content(storage: Storage) -> dict[str, Any]:

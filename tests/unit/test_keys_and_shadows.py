@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,19 @@ def test_no_key_is_kept_and_bad_names_are_refused(tmp_path: Path) -> None:
         remove_key(storage, "nigth")
     with pytest.raises(ServingError, match="RAYLINE_API_KEY"):
         name_of_caller(storage, "wrong")
+
+
+def test_keys_that_are_added_at_once_all_work(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    names = [f"caller-{number}" for number in range(16)]
+    with ThreadPoolExecutor(len(names)) as threads:
+        keys = list(threads.map(lambda name: add_key(storage, name), names))
+    assert sorted(list_keys(storage)) == sorted(names)
+    assert [name_of_caller(storage, key) for key in keys] == names
+    # One removed beside one added: neither change is lost.
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda name: remove_key(storage, name), names[:8]))
+    assert sorted(list_keys(storage)) == sorted(names[8:])
 
 
 def test_a_gateway_asks_for_keys_but_not_for_docs_and_health(tmp_path: Path) -> None:
