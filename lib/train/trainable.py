@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import posixpath
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +54,14 @@ class Desk:
     def file(self, attempt: str, name: str) -> str:
         """Return the path of a trial's file, relative to the storage root."""
         return f"{self.folder}/{attempt}/{name}"
+
+    def measured_once(self, name: str, measure: Callable[[], float]) -> float:
+        """Return what the first trial that asked for it measured, whichever machine it was on."""
+        # Beside the folder of the trials, which goes with the end of the sweep.
+        path = posixpath.join(posixpath.dirname(self.folder), f"{name}.json")
+        if not self.storage.exists(path):
+            self.storage.create_json(path, measure())
+        return float(self.storage.read_json(path))
 
 
 @dataclass(kw_only=True, slots=True)
