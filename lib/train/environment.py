@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
         **_machine(),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
         "num_threads": torch.get_num_threads(),
+        **(_cuda() if place.type == "cuda" else {}),
     }
 
 
@@ -35,6 +37,17 @@ def differences(recorded: dict[str, Any], present: dict[str, Any]) -> dict[str, 
         name: f"{recorded[name]} → {present.get(name)}"
         for name in sorted(recorded)
         if recorded[name] != present.get(name)
+    }
+
+
+def _cuda() -> dict[str, Any]:
+    """Return the versions that decide which kernels run, and how."""
+    driver = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\d+\.\d[\d.]*", driver.read_text()) if driver.exists() else None
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nvidia_driver": found[0] if found else None,
     }
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from lib.cli import progress as say
 from lib.config import Settings
 from lib.errors import SearchError
 from lib.selector import matches, read_selector
@@ -69,27 +70,53 @@ class TrialResources:
 
 
 def trial_resources(
-    gpus_per_trial: float, settings: Settings | None = None, room: Room | None = None
+    gpus_per_trial: float,
+    settings: Settings | None = None,
+    room: Room | None = None,
+    *,
+    num_trials: int | None = None,
 ) -> TrialResources:
     """Share what is free now among trials, so that a sweep starts at once beside serving.
 
     Beside other sweeps it is what they all have to share, `room`, as if this one were alone.
 
     Where the settings name nodes for trials, those alone count, and with `trial_gpus` also those
-    that an autoscaler starts once trials wait for them.
+    that an autoscaler starts once trials wait for them. A trial takes more of a GPU than
+    `gpus_per_trial` where there are more of them than `num_trials`, those at a time, can use.
+    GPUs that others hold at the start are waited for.
     """
     selector = _trial_selector(settings)
     if settings and settings.trial_gpus and gpus_per_trial:
-        return grown(settings.trial_gpus, gpus_per_trial, selector)
+        per_trial = gpu_share(gpus_per_trial, settings.trial_gpus, num_trials)
+        return grown(settings.trial_gpus, per_trial, selector)
     free, most = free_for_trials(settings, settle=True)
-    shared = _shared(room, free)
+    lent = room() if room is not None else None
+    shared = {**free, **(lent or {})}
+    free_gpus = shared["GPU"]
+    if gpus_per_trial and free_gpus < gpus_per_trial and most["GPU"]:
+        free_gpus = most["GPU"]
+        say("tune", f"all of {free_gpus:g} GPUs are in use: trials wait for them")
     shares = share(
         free_cpus=shared["CPU"],
-        free_gpus=shared["GPU"],
+        free_gpus=free_gpus,
         num_nodes=max(1, len(_nodes(selector))),
         gpus_per_trial=gpus_per_trial,
+        # Beside sweeps whose trials hold parts, a whole GPU might never come free.
+        num_trials=num_trials if lent is None else None,
     )
     return replace(shares, selector=selector, free=free, most=most)
+
+
+def gpu_share(gpus_per_trial: float, num_gpus: float, num_trials: int | None) -> float:
+    """Return a trial's part of a GPU so that trials are spread over all of them.
+
+    Ray packs parts of a GPU: eight trials of a quarter would share two GPUs of eight.
+    """
+    # Where others hold parts, no GPU may be whole.
+    if num_trials is None or num_gpus < 1 or num_gpus % 1:
+        return gpus_per_trial
+    per_gpu = math.ceil(num_trials / num_gpus)
+    return max(gpus_per_trial, math.floor(100 / per_gpu) / 100)
 
 
 def grown(
@@ -194,21 +221,26 @@ def _settled_resources() -> Mapping[str, float]:
     Ray takes back a worker's CPU some moments after its last task: right after an ingest half of
     a machine looks taken, and the whole sweep would run on the other half.
     """
-    total = ray.cluster_resources().get("CPU", 0.0)
+    total = ray.cluster_resources()
     free: Mapping[str, float] = {}
     deadline = time.monotonic() + _SETTLE_S
     while time.monotonic() < deadline:
         now = ray.available_resources()
-        if not free or now.get("CPU", 0.0) > free.get("CPU", 0.0):
+        if not free or any(now.get(kind, 0.0) > free.get(kind, 0.0) for kind in _KINDS):
             free, deadline = now, time.monotonic() + _SETTLE_S
-        if free.get("CPU", 0.0) >= total:
+        if all(free.get(kind, 0.0) >= total.get(kind, 0.0) for kind in _KINDS):
             break
         time.sleep(0.1)
     return free
 
 
 def share(
-    *, free_cpus: float, free_gpus: float, num_nodes: int, gpus_per_trial: float
+    *,
+    free_cpus: float,
+    free_gpus: float,
+    num_nodes: int,
+    gpus_per_trial: float,
+    num_trials: int | None = None,
 ) -> TrialResources:
     """Return shares that fit on at least one node, however the free CPUs are spread.
 
@@ -221,8 +253,8 @@ def share(
     cpus = math.floor(min(1.0, per_node / slots) * 100) / 100
     num_parallel = math.floor(free_cpus / cpus + 1e-6) if cpus else 1
     if free_gpus and gpus_per_trial:
-        by_gpu = max(1, math.floor(free_gpus / gpus_per_trial + 1e-6))
-        return TrialResources(
-            cpus=cpus, gpus=gpus_per_trial, num_parallel=min(by_gpu, max(1, num_parallel))
-        )
+        at_a_time = num_trials and min(num_trials, max(1, num_parallel))
+        gpus = gpu_share(gpus_per_trial, free_gpus, at_a_time)
+        by_gpu = max(1, math.floor(free_gpus / gpus + 1e-6))
+        return TrialResources(cpus=cpus, gpus=gpus, num_parallel=min(by_gpu, max(1, num_parallel)))
     return TrialResources(cpus=cpus, gpus=0.0, num_parallel=max(1, num_parallel))

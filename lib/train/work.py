@@ -127,7 +127,11 @@ def image_work(
         },
         trainable=Trial,
         shared=shared,
-        resources=partial(trial_resources, preset.gpus_per_trial),
+        resources=partial(
+            trial_resources,
+            preset.gpus_per_trial,
+            num_trials=min(experiment.num_parallel or experiment.num_trials, experiment.num_trials),
+        ),
         rungs=preset.rungs,
         artifacts={MODEL_FILE: CHECKPOINT_PATH},
         confusion=confused,

@@ -11,6 +11,7 @@ import torch
 from lib import device
 from lib.device import granted_device
 from lib.errors import DeviceError
+from lib.train.environment import describe
 from lib.train.trial import Trial
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020). Please update it."
@@ -89,3 +90,13 @@ def test_an_error_of_cuda_ends_the_process_and_any_other_the_trial(
     assert trial.ends_process(error) is ends
     trial._device = torch.device("cpu")
     assert not trial.ends_process(error)
+
+
+def test_the_environment_of_a_gpu_names_what_decides_its_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "a GPU")
+    on_gpu, on_cpu = describe("cuda"), describe("cpu")
+    assert on_gpu["device"] == "a GPU"
+    assert set(on_gpu) - set(on_cpu) == {"cuda", "cudnn", "nvidia_driver"}
+    assert on_gpu["cuda"] == torch.version.cuda

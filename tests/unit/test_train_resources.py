@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from lib.errors import SearchError
-from lib.train.resources import granted, share
+from lib.train import resources
+from lib.train.resources import granted, share, trial_resources
 
 
 @pytest.mark.parametrize(
@@ -76,3 +77,64 @@ def test_a_trial_gets_what_it_asks_for(
 def test_more_than_any_node_has_is_refused(cpus: float, gpus: float) -> None:
     with pytest.raises(SearchError, match="no node of the cluster has as much"):
         granted(cpus=cpus, gpus=gpus, nodes=NODES, free={"CPU": 6.0, "GPU": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("free_cpus", "free_gpus", "num_trials", "gpus", "num_parallel"),
+    [
+        (64.0, 8.0, 8, 1.0, 8),
+        (64.0, 8.0, 3, 1.0, 8),  # No trial spans two.
+        (64.0, 4.0, 8, 0.5, 8),
+        (64.0, 3.0, 8, 0.33, 9),
+        (64.0, 1.0, 32, 0.25, 4),
+        (4.0, 8.0, 32, 1.0, 4),  # Four at a time, for want of CPUs.
+        (64.0, 7.5, 8, 0.25, 30),  # Others hold parts.
+        (64.0, 8.0, None, 0.25, 32),
+    ],
+)
+def test_trials_are_spread_over_all_gpus(
+    free_cpus: float, free_gpus: float, num_trials: int | None, gpus: float, num_parallel: int
+) -> None:
+    shared = share(
+        free_cpus=free_cpus,
+        free_gpus=free_gpus,
+        num_nodes=1,
+        gpus_per_trial=0.25,
+        num_trials=num_trials,
+    )
+    assert (shared.gpus, shared.num_parallel) == (gpus, num_parallel)
+
+
+@pytest.mark.parametrize(
+    ("free_gpus", "lent", "gpus", "num_parallel"),
+    [
+        (8.0, None, 1.0, 8),
+        (0.0, None, 1.0, 8),  # All are in use: trials wait for them.
+        (8.0, {"GPU": 8.0}, 0.25, 16),  # Beside another sweep.
+    ],
+)
+def test_gpus_that_are_busy_at_the_start_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+    free_gpus: float,
+    lent: dict[str, float] | None,
+    gpus: float,
+    num_parallel: int,
+) -> None:
+    """Ray's cluster is a stand-in: no GPU is here."""
+    node = {"Alive": True, "Resources": {"CPU": 16.0, "GPU": 8.0}}
+    free = {"CPU": 16.0, "GPU": free_gpus}
+    monkeypatch.setattr(resources.ray, "nodes", lambda: [node])
+    monkeypatch.setattr(resources, "_settled_resources", lambda: free)
+    found = trial_resources(0.25, None, lambda: lent, num_trials=8)
+    assert (found.gpus, found.num_parallel) == (gpus, num_parallel)
+
+
+def test_gpus_that_come_free_at_the_start_are_waited_for_as_cpus_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray's answers and the clock are stand-ins."""
+    answers = iter([{"CPU": 2.0}, {"CPU": 2.0, "GPU": 0.5}, {"CPU": 2.0, "GPU": 1.0}])
+    monkeypatch.setattr(resources.ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    monkeypatch.setattr(resources.ray, "available_resources", lambda: next(answers))
+    monkeypatch.setattr(resources.time, "sleep", lambda _: None)
+    assert resources._settled_resources()["GPU"] == 1.0
