@@ -22,7 +22,9 @@ import ray.data
 
 from lib.cli import progress
 from lib.data.execution import quiet_ray_data
-from lib.data.folders import SUFFIXES
+from lib.data.folders import OTHER_SUFFIXES, SUFFIXES
+from lib.data.manifest import Ignored
+from lib.data.sources import Listing, list_source
 from lib.errors import DataError, RaylineError, StorageError
 from lib.scorer import Part, Scorer, open_parquet
 from lib.serving.bundle import Card, read_card
@@ -46,6 +48,8 @@ class Scored:
     parts: int
     parts_reused: int
     seconds: float
+    ignored: tuple[Ignored, ...]
+    """What lies in the input and is not scored."""
 
 
 def score(storage: Storage, bundle: str, input_uri: str, output_uri: str) -> Scored:
@@ -57,7 +61,7 @@ def score(storage: Storage, bundle: str, input_uri: str, output_uri: str) -> Sco
     """
     started_s = time.monotonic()
     card = read_card(storage, bundle)
-    source, paths, fingerprint = _find_input(input_uri)
+    source, paths, fingerprint, ignored = _find_input(input_uri)
     target = _root(output_uri)
     parts = _parts(source, paths)
     _claim(target, {"input": source.uri, "files": fingerprint, **_identity(card)})
@@ -78,6 +82,7 @@ def score(storage: Storage, bundle: str, input_uri: str, output_uri: str) -> Sco
         parts=len(parts),
         parts_reused=len(parts) - len(todo),
         seconds=time.monotonic() - started_s,
+        ignored=ignored,
     )
 
 
@@ -85,19 +90,23 @@ def _root(uri: str) -> Storage:
     return Storage(uri if "://" in uri else os.path.abspath(uri))
 
 
-def _find_input(uri: str) -> tuple[Storage, list[str], str]:
-    """Return a folder, the files in it, and a fingerprint of their names, sizes and times."""
+def _find_input(uri: str) -> tuple[Storage, list[str], str, tuple[Ignored, ...]]:
+    """Return a folder, the files in it, a fingerprint of their names, sizes and times, the rest.
+
+    Pictures of a format that isn't read are among them: their rows say so.
+    """
     root = _root(uri)
     try:
         if root.filesystem.get_file_info(root.root).is_file:
             root = _root(uri.rstrip("/").rpartition("/")[0] or ".")
-            names = [uri.rstrip("/").rpartition("/")[2]]
+            name = uri.rstrip("/").rpartition("/")[2]
+            listing = Listing(files=(name,), folders=(), ignored={})
         else:
-            names = root.list("", recursive=True)
+            listing = list_source(root)
     except OSError as error:
         raise DataError(f"--input {uri}: can't be read: {error}") from error
-    parquet = [name for name in names if name.lower().endswith(".parquet")]
-    pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
+    parquet = [name for name in listing.files if name.lower().endswith(".parquet")]
+    pictures = [name for name in listing.files if name.lower().endswith(SUFFIXES + OTHER_SUFFIXES)]
     if parquet and pictures:
         raise DataError(
             f"--input {uri} holds pictures ({pictures[0]}) and Parquet ({parquet[0]}): score them "
@@ -113,7 +122,9 @@ def _find_input(uri: str) -> tuple[Storage, list[str], str]:
     lines = (
         f"{name}\0{info.size}\0{info.mtime_ns}\n" for name, info in zip(found, infos, strict=True)
     )
-    return root, found, hashlib.sha256("".join(lines).encode()).hexdigest()
+    fingerprint = hashlib.sha256("".join(lines).encode()).hexdigest()
+    others = sorted(set(listing.files) - set(found))
+    return root, found, fingerprint, listing.ignoring({"neither a picture nor Parquet": others})
 
 
 def _parts(source: Storage, paths: Sequence[str]) -> list[Part]:

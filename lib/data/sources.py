@@ -257,7 +257,10 @@ def _sha256_file(root: Storage, path: str) -> str:
 
 def _local_entries(root: str) -> Iterator[tuple[str, str]]:
     """Yield (path, kind) of all that lies below a local folder; links to folders are followed."""
+    # Like an empty folder: what is missing is said by who asks for it.
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    if not os.path.exists(root):
+        return
     while pending:
         folder, above = pending.pop()
         status = os.stat(f"{root}/{folder}")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lib.data.ingest import IngestConfig, ingest, ingest_source
 from lib.data.loader import read_splits
-from lib.data.manifest import Manifest, load_manifest
+from lib.data.manifest import Ignored, Manifest, load_manifest
 from lib.errors import DataError, StorageError
 from lib.storage import Storage
 from tests.data_sources import (
@@ -141,7 +141,10 @@ def test_colour_pictures_in_folders(tmp_path: Path, storage: Storage) -> None:
             pixels[[0, -1]] = pixels[:, [0, -1]] = (200, 100, 50)
             Image.fromarray(pixels).save(tmp_path / "p" / name / f"{number}.PNG", "PNG")
     (tmp_path / "p" / "cat" / "notes.txt").write_text("no picture")
-    manifest = ingest(storage, str(tmp_path / "p"))
+    ingested = ingest_source(storage, str(tmp_path / "p"), IngestConfig())
+    manifest = ingested.manifest
+    assert manifest.ignored == (Ignored(reason="no picture", count=1, example="cat/notes.txt"),)
+    assert load_manifest(storage, manifest.digest).ignored == ingested.ignored == manifest.ignored
     assert manifest.shape == (9, 7, 3)
     assert manifest.class_names == ("Dog é", "cat")
     assert manifest.counts == {"train": (24, 24), "val": (3, 3), "test": (3, 3)}
@@ -159,6 +162,23 @@ def test_folders_with_their_own_splits_are_kept(tmp_path: Path, storage: Storage
     manifest = ingest(storage, str(tmp_path / "p"))
     assert manifest.class_names == ("one", "seven")
     assert manifest.counts == {"train": (20, 20), "val": (4, 4), "test": (10, 10)}
+
+
+def test_the_range_of_sixteen_bit_pictures_is_kept_with_the_data_set(
+    tmp_path: Path, storage: Storage
+) -> None:
+    for name in "ab":
+        (tmp_path / "p" / name).mkdir(parents=True)
+        for number in range(20):
+            random = np.random.default_rng([number, ord(name)])
+            pixels = random.integers(0, 900, (8, 8)).astype(np.uint16)
+            pixels[0, 0], pixels[0, 1] = (100, 915) if name == "a" else (101, 914)
+            Image.fromarray(np.maximum(pixels, 100)).save(tmp_path / "p" / name / f"{number}.png")
+    manifest = ingest(storage, str(tmp_path / "p"))
+    assert (manifest.shape, manifest.preprocess.mode) == ((8, 8, 1), "L")
+    assert manifest.preprocess.grey_range == (100, 915)
+    train = read_splits(storage, manifest, ["train"])["train"].images_NHWC
+    assert (train.min(), train.max()) == (0, 255)
 
 
 def test_storage_given_as_a_uri(tmp_path: Path) -> None:

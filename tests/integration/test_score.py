@@ -184,10 +184,15 @@ def test_unreadable_images_get_an_error_and_the_others_their_label(
         (folder / "day 0" / "00002.PNG").read_bytes()[:100]
     )
     (folder / "day 1" / "00003.PNG").write_text("hello")
+    Image.new("L", (28, 28)).save(folder / "day 1" / "00010.webp")
+    (folder / "notes.txt").touch()
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x.parquet").touch()
     result = score(storage, bundle, str(folder), str(tmp_path / "out"))
-    assert (result.rows, result.errors) == (10, 2)
+    assert (result.rows, result.errors) == (11, 3)
+    assert {entry.example: entry.count for entry in result.ignored} == {"notes.txt": 1, ".cache": 1}
     rows = {row["path"]: row for row in _read(tmp_path / "out").to_pylist()}
-    for path in ("day 0/00002.PNG", "day 1/00003.PNG"):
+    for path in ("day 0/00002.PNG", "day 1/00003.PNG", "day 1/00010.webp"):
         assert rows[path]["label"] is rows[path]["probabilities"] is None
         assert rows[path]["class_index"] is None
     assert "whole" in rows["day 0/00002.PNG"]["error"]
