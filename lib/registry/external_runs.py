@@ -15,6 +15,7 @@ from lib.data.manifest import Manifest
 from lib.errors import RefusedError
 from lib.registry.external import External, Understood
 from lib.registry.publish import REFUSED_TAG
+from lib.registry.server import ensure_experiment
 from lib.registry.trials import Trial
 
 _KIND = "external"
@@ -25,9 +26,7 @@ def ensure_run(
     client: MlflowClient, settings: Settings, manifest: Manifest, model: External
 ) -> Run:
     """Return the run of this model on this data set, made now if there is none."""
-    name = f"rayline/{settings.model}"
-    found = client.get_experiment_by_name(name)
-    experiment_id = found.experiment_id if found else client.create_experiment(name)
+    experiment_id = ensure_experiment(client, f"rayline/{settings.model}")
     key = {
         "rayline.kind": _KIND,
         "rayline.origin_sha256": model.sha256,

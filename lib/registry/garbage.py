@@ -14,20 +14,20 @@ from typing import Any
 import pyarrow.fs as pafs
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LoggedModel, Run
+from mlflow.entities.model_registry import ModelVersion
 
 from lib.cli import progress
 from lib.config import Settings
-from lib.errors import RaylineError, ServingError
+from lib.errors import ServingError, StorageError
+from lib.registry.claims import CLAIMS, is_over
 from lib.registry.models import MODEL_NAME_TAG, logged_model_id
-from lib.registry.removal import artifact_bytes, remove_artifacts, remove_model
-from lib.registry.server import connect, explained
+from lib.registry.removal import GRACE_S, artifact_bytes, remove_artifacts, remove_model
+from lib.registry.server import connect, explained, pages
 from lib.serving import policy
 from lib.serving.bundle import bundle_path
 from lib.serving.client import ServeClient, live_applications
 from lib.storage import Storage
 
-GRACE_S = 3600.0
-"""What is younger is left alone: a job may be about to refer to it."""
 TUNE_GRACE_S = 7 * 24 * 3600.0
 """Of the state of a sweep that ended without cleaning up: until then it can be resumed."""
 _COLLECTED_TAG = "rayline.checkpoint_collected"
@@ -59,56 +59,90 @@ class Collector:
     grace_s: float = GRACE_S
     tune_grace_s: float = TUNE_GRACE_S
     now_s: float = field(default_factory=time.time)
+    notes: list[str] = field(default_factory=list)
+    """What could not be looked at, and why."""
 
     def find(self) -> tuple[list[Garbage], list[str]]:
         """Return what nothing refers to, and notes on what could not be looked at."""
-        notes: list[str] = []
         with explained(self.settings, "looking for what nothing refers to"):
-            experiments = _pages(self.client.search_experiments)
-            versions = _pages(self.client.search_model_versions)
+            experiments = pages(self.client.search_experiments)
+            versions = pages(self.client.search_model_versions)
             found = [
                 *self._logged_models(experiments, {logged_model_id(v) for v in versions}),
                 *self._checkpoints(experiments, {version.run_id for version in versions}),
                 *self._sweep_state(),
                 *self._half_written(),
+                *self._claims(),
             ]
-            kept = {bundle_path(v.name, int(v.version), v.run_id) for v in versions if v.run_id}
+            kept = self._registered_bundles(versions)
             bundles = self._folders("models", depth=2)
-            if kept & set(bundles) or not bundles:
-                found += [*self._bundles(bundles, kept), *self._steps(experiments)]
-            else:
-                notes.append(
+            steps, live_steps = self._steps(experiments)
+            # Another server knows neither: what it lacks is not garbage.
+            if kept & set(bundles) or live_steps:
+                found += [*self._bundles(bundles, kept), *steps]
+            elif bundles or steps:
+                self.notes.append(
                     f"bundles and steps were left alone: {self.settings.mlflow_uri} has no version "
-                    "of any of them; is MLFLOW_TRACKING_URI the server of this storage?"
+                    "and no sweep of any of them; is MLFLOW_TRACKING_URI the server of this "
+                    "storage?"
                 )
         try:
             found += self._code()
         except ServingError:
-            notes.append("code archives were left alone: only a Serve that answers knows its own")
-        return found, notes
+            self.notes.append(
+                "code archives were left alone: only a Serve that answers knows its own"
+            )
+        return found, self.notes
+
+    def _registered_bundles(self, versions: list[ModelVersion]) -> set[str]:
+        """Return the bundles that versions have; models of other tools have none."""
+        kept: set[str] = set()
+        others: set[str] = set()
+        for version in versions:
+            try:
+                kept.add(bundle_path(version.name, int(version.version), version.run_id or ""))
+            except StorageError:
+                others.add(version.name)
+        if others:
+            names = ", ".join(sorted(others))
+            self.notes.append(f"{len(others)} models of other tools were left alone: {names}")
+        return kept
 
     def _logged_models(
         self, experiments: list[Experiment], taken: set[str | None]
     ) -> Iterator[Garbage]:
         """Models that an interrupted registration or delete left."""
         ids = [experiment.experiment_id for experiment in experiments]
-        models = _pages(self.client.search_logged_models, experiment_ids=ids) if ids else []
+        models = pages(self.client.search_logged_models, experiment_ids=ids) if ids else []
         for model in models:
             is_ours = MODEL_NAME_TAG in model.tags and model.model_id not in taken
             if is_ours and self._is_old(model.creation_timestamp / 1000, self.grace_s):
-                yield self._logged_model(model)
+                yield from self._logged_model(model)
 
-    def _logged_model(self, model: LoggedModel) -> Garbage:
+    def _logged_model(self, model: LoggedModel) -> Iterator[Garbage]:
+        size_bytes = self._size(f"logged model {model.model_id}", model.artifact_location)
+        if size_bytes is None:
+            return
+
         def remove() -> None:
             remove_model(self.client, self.settings, model.model_id, model.artifact_location)
 
-        return Garbage(
+        yield Garbage(
             kind="logged model",
             what=model.model_id,
             why=f"no version of {model.tags[MODEL_NAME_TAG]} has it",
-            size_bytes=artifact_bytes(self.settings, model.artifact_location),
+            size_bytes=size_bytes,
             remove=remove,
         )
+
+    def _size(self, what: str, location: str) -> int | None:
+        """Return the bytes at an artifact URI; None, with a note, if it can't be looked at."""
+        try:
+            return artifact_bytes(self.settings, location)
+        # Every artifact store has exceptions of its own for files that it can't list.
+        except Exception as error:
+            self.notes.append(f"{what} was left alone: {location} can't be listed: {error}")
+            return None
 
     def _checkpoints(
         self, experiments: list[Experiment], taken: set[str | None]
@@ -116,7 +150,7 @@ class Collector:
         """Checkpoints of trials that failed or were cut off: only finished ones are registered."""
         query = "tags.`rayline.kind` = 'trial' and attributes.status != 'FINISHED'"
         ids = [experiment.experiment_id for experiment in experiments]
-        runs = _pages(self.client.search_runs, experiment_ids=ids, filter_string=query)
+        runs = pages(self.client.search_runs, experiment_ids=ids, filter_string=query)
         for run in runs:
             is_over = run.info.status in ("FAILED", "KILLED")
             ended_s = (run.info.end_time or 0) / 1000
@@ -126,7 +160,7 @@ class Collector:
 
     def _checkpoint(self, run: Run) -> Iterator[Garbage]:
         location = f"{run.info.artifact_uri}/checkpoint"
-        size_bytes = artifact_bytes(self.settings, location)
+        size_bytes = self._size(f"the checkpoint of run {run.info.run_id}", location)
         if not size_bytes:
             return
 
@@ -155,16 +189,27 @@ class Collector:
                 why = "no version, and nothing that is served, has it"
                 yield self._folder("bundle", path, why, size_bytes)
 
-    def _steps(self, experiments: list[Experiment]) -> Iterator[Garbage]:
-        """Kept results of sweeps that are gone: the step would not count any more."""
+    def _steps(self, experiments: list[Experiment]) -> tuple[list[Garbage], bool]:
+        """Return kept results of sweeps that are gone, and whether MLflow has any of them.
+
+        Such a step would not count any more.
+        """
         ids = [experiment.experiment_id for experiment in experiments]
         query = "tags.`rayline.kind` = 'sweep'"
-        sweeps = _pages(self.client.search_runs, experiment_ids=ids, filter_string=query)
+        sweeps = pages(self.client.search_runs, experiment_ids=ids, filter_string=query)
         there = {run.info.run_id for run in sweeps}
+        gone: list[Garbage] = []
+        is_any_there = False
         for path, info in self._files("steps/tune").items():
-            sweep = self.storage.read_json(path).get("result", {}).get("sweep_run_id")
+            try:
+                sweep = self.storage.read_json(path)["result"]["sweep_run_id"]
+            except (StorageError, KeyError, TypeError) as error:
+                self.notes.append(f"step {path} was left alone: it can't be read ({error!r})")
+                continue
+            is_any_there |= sweep in there
             if sweep not in there and self._is_old(info.mtime.timestamp(), self.grace_s):
-                yield self._file("step", path, f"MLflow has no sweep {sweep}", info.size or 0)
+                gone.append(self._file("step", path, f"MLflow has no sweep {sweep}", info.size))
+        return gone, is_any_there
 
     def _sweep_state(self) -> Iterator[Garbage]:
         """What trials of a sweep that never ended would go on from; its journal is kept."""
@@ -178,7 +223,12 @@ class Collector:
         for path, info in self._files("", hidden=True).items():
             is_ours = info.base_name.startswith(".tmp-")
             if is_ours and self._is_old(info.mtime.timestamp(), self.grace_s):
-                yield self._file("half-written", path, "its writer died", info.size or 0)
+                yield self._file("half-written", path, "its writer died", info.size)
+
+    def _claims(self) -> Iterator[Garbage]:
+        for path, info in self._files(CLAIMS).items():
+            if is_over(self.storage, path) and self._is_old(info.mtime.timestamp(), self.grace_s):
+                yield self._file("claim", path, "its registration died", info.size)
 
     def _code(self) -> Iterator[Garbage]:
         files = self._files("code")
@@ -189,7 +239,7 @@ class Collector:
         for path, info in files.items():
             is_used = any(uri.endswith(f"/{path}") for uri in used)
             if not is_used and self._is_old(info.mtime.timestamp(), self.grace_s):
-                yield self._file("code", path, "no application runs it", info.size or 0)
+                yield self._file("code", path, "no application runs it", info.size)
 
     def _is_old(self, then_s: float, grace_s: float) -> bool:
         return self.now_s - then_s >= grace_s
@@ -200,11 +250,11 @@ class Collector:
 
         return Garbage(kind=kind, what=path, why=why, size_bytes=size_bytes, remove=remove)
 
-    def _file(self, kind: str, path: str, why: str, size_bytes: int) -> Garbage:
+    def _file(self, kind: str, path: str, why: str, size_bytes: int | None) -> Garbage:
         def remove() -> None:
             self.storage.delete(path)
 
-        return Garbage(kind=kind, what=path, why=why, size_bytes=size_bytes, remove=remove)
+        return Garbage(kind=kind, what=path, why=why, size_bytes=size_bytes or 0, remove=remove)
 
     def _files(self, folder: str, *, hidden: bool = False) -> dict[str, pafs.FileInfo]:
         prefix = len(self.storage.root) + 1
@@ -250,7 +300,8 @@ def collect(
         try:
             with explained(settings, f"removing {garbage.what}"):
                 garbage.remove()
-        except (RaylineError, OSError) as error:
+        # One thing that can't be removed, for whatever reason of its store, keeps no other one.
+        except Exception as error:
             failed.append(f"{garbage.kind} {garbage.what}: {error}")
             progress("models", f"WARNING: not removed: {failed[-1]}")
     return {
@@ -260,15 +311,3 @@ def collect(
         "failed": failed,
         "notes": notes,
     }
-
-
-def _pages(search: Callable[..., Any], **query: Any) -> list[Any]:
-    """Return all pages of one of MLflow's searches."""
-    results: list[Any] = []
-    token: str | None = None
-    while True:
-        page = search(page_token=token, **query)
-        results += page
-        token = page.token
-        if not token:
-            return results

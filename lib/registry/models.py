@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -13,11 +15,12 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from lib.cli import progress
 from lib.config import Settings
-from lib.errors import RefusedError, RegistryError
+from lib.errors import RefusedError, RegistryError, StorageError
 from lib.registry import gaps
 from lib.registry.gaps import Scores, Verdict
-from lib.registry.server import connect, download, explained
+from lib.registry.server import connect, download, explained, pages
 from lib.serving import policy
 from lib.serving.bundle import CARD_FILE, ONNX_FILE, Card, bundle_path, write_bundle
 from lib.serving.traffic import ModelTraffic
@@ -151,20 +154,25 @@ class Version(Facts):
         """Read a version from its tags; raise RegistryError if it is not one of Rayline's."""
         try:
             facts = {
-                field.name: _decode(field.type, found.tags[f"rayline.{field.name}"])
+                field.name: _decode(field.name, field.type, found.tags[f"rayline.{field.name}"])
                 for field in fields(Facts)
                 if f"rayline.{field.name}" in found.tags or field.default is MISSING
             }
-        except (KeyError, ValueError) as error:
+            created_ms = int(found.tags.get(CREATED_TAG, found.creation_timestamp))
+            bundle_path(found.name, int(found.version), facts["trial_run_id"])
+            if found.run_id and found.run_id != facts["trial_run_id"]:
+                raise ValueError(f"{TRIAL_TAG} is not its run {found.run_id}")
+        except (KeyError, ValueError, StorageError) as error:
             raise RegistryError(
                 f"version {found.version} of {found.name!r} was not made by `jobs.register`, or "
-                f"its tags were changed ({error}); serve only versions that it made"
+                f"its tags were changed ({error}); serve only versions that it made, and set a "
+                "changed tag back in MLflow"
             ) from error
         return cls(
             name=found.name,
             version=int(found.version),
             aliases=aliases,
-            created_ms=int(found.tags.get(CREATED_TAG, found.creation_timestamp)),
+            created_ms=created_ms,
             ready=found.tags.get(READY_TAG) == "true",
             **facts,
         )
@@ -177,6 +185,9 @@ class Foreign:
     version: int
     aliases: tuple[str, ...]
     why: str
+    trial_run_id: str | None = None
+    """By its tag; None if no registration wrote one."""
+    model_id: str | None = None
 
 
 def survey(settings: Settings, name: str | None = None) -> tuple[list[Version], list[Foreign]]:
@@ -190,7 +201,15 @@ def survey(settings: Settings, name: str | None = None) -> tuple[list[Version], 
         try:
             ours.append(Version.from_mlflow(found, aliases))
         except RegistryError as error:
-            foreign.append(Foreign(version=int(found.version), aliases=aliases, why=str(error)))
+            foreign.append(
+                Foreign(
+                    version=int(found.version),
+                    aliases=aliases,
+                    why=str(error),
+                    trial_run_id=found.tags.get(TRIAL_TAG),
+                    model_id=logged_model_id(found),
+                )
+            )
     return ours, foreign
 
 
@@ -212,15 +231,20 @@ def way_back(
 def versions(settings: Settings, name: str | None = None) -> list[Version]:
     """Return a model's versions, oldest first; none if there is no such model.
 
-    Versions that something else than `jobs.register` put there are left out.
+    Versions that Rayline can't read are left out, and named once.
     """
-    client = connect(settings)
-    with explained(settings, "listing versions"):
-        return [
-            Version.from_mlflow(found, aliases)
-            for found, aliases in _all_versions(client, name or settings.model)
-            if TRIAL_TAG in found.tags
-        ]
+    ours, foreign = survey(settings, name)
+    if foreign:
+        _name_left_out(
+            f"{len(foreign)} of {len(ours) + len(foreign)} versions are left out: "
+            + "; ".join(other.why for other in foreign)
+        )
+    return ours
+
+
+@functools.cache  # Once for a command that lists versions several times.
+def _name_left_out(message: str) -> None:
+    progress("registry", f"WARNING: {message}")
 
 
 def check_same(traffic: ModelTraffic | None, known: Iterable[Version]) -> None:
@@ -319,14 +343,14 @@ def _all_versions(client: MlflowClient, name: str) -> list[tuple[ModelVersion, t
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return []
         raise
-    found: list[ModelVersion] = []
-    token: str | None = None
-    while True:
-        page = client.search_model_versions(f"name = '{name}'", max_results=_PAGE, page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            break
+    # The filter knows no escapes; it takes either kind of quotes.
+    quote = next((quote for quote in "'\"" if quote not in name), None)
+    query = f"name = {quote}{name}{quote}" if quote else None
+    found: list[ModelVersion] = [
+        version
+        for version in pages(client.search_model_versions, filter_string=query, max_results=_PAGE)
+        if version.name == name
+    ]
     # The search leaves the aliases out.
     return [
         (
@@ -339,8 +363,19 @@ def _all_versions(client: MlflowClient, name: str) -> list[tuple[ModelVersion, t
     ]
 
 
-def _decode(annotation: Any, text: str) -> Any:
+def _decode(name: str, annotation: Any, text: str) -> Any:
+    """Return a tag's value; raise ValueError if it is none of the field's type."""
     # Annotations are not evaluated here: `annotation` is their source text.
     if annotation == "str" or (annotation == "str | None" and text != "null"):
         return text
-    return json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    kinds: dict[Any, tuple[type, ...]] = {"float": (int, float), "bool": (bool,)}
+    kind = kinds.get(annotation, (type(None),) if annotation == "str | None" else (dict,))
+    if not isinstance(value, kind) or isinstance(value, bool) != (annotation == "bool"):
+        raise ValueError(f"rayline.{name} is {text[:40]!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"rayline.{name} is {text[:40]!r}")
+    return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,16 @@ from lib.data.direct import read_some
 from lib.data.loader import Split, read_splits
 from lib.data.manifest import Manifest
 from lib.data.stream import Batch, EpochStream, fits_in_memory
-from lib.errors import RefusedError
+from lib.errors import RefusedError, RegistryError
 from lib.registry import gaps
 from lib.registry.baseline import Baseline, check_against, ensure_baseline
+from lib.registry.claims import claimed
 from lib.registry.evaluate import EVALUATION_BATCH, Evaluation, answer, evaluate
 from lib.registry.export import Exported, check_equal, export, load_served
-from lib.registry.models import MODEL_NAME_TAG, Facts, Version, versions, way_back
-from lib.registry.removal import remove_model
+from lib.registry.models import MODEL_NAME_TAG, Facts, Version, survey, way_back
+from lib.registry.removal import GRACE_S, remove_model
 from lib.registry.runtime import Measured, measure_where_served
-from lib.registry.server import download
+from lib.registry.server import download, pages
 from lib.registry.trials import Trial
 from lib.serving.bundle import CARD_FILE, Card
 from lib.serving.predictor import OnnxPredictor
@@ -57,6 +58,8 @@ class Publisher:
     client: MlflowClient
     _splits: Mapping[str, Split] = field(default_factory=dict, init=False)
     _baseline: Baseline | None = field(default=None, init=False)
+    _known: Sequence[Version] = field(default=(), init=False)
+    """The model's versions as they were last listed."""
 
     def ensure_version(
         self, trial: Trial, save: Callable[[Path], Exported] | None = None
@@ -68,16 +71,17 @@ class Publisher:
         Raises RefusedError if a gate refuses the trial; the reason is then a tag of its run, and
         nothing else of it is left in MLflow.
         """
-        known = self._versions_of(trial)
-        if known:
-            progress("register", f"trial {trial.run_id} is version {known[0].version} already")
-            return known[0]
-        self._remove_leftovers(trial)
-        try:
-            return self._make_version(trial, save)
-        except RefusedError as error:
-            self.client.set_tag(trial.run_id, REFUSED_TAG, str(error)[:_TAG_LETTERS])
-            raise
+        with claimed(self.storage, self.settings.model, trial.run_id):
+            known = self._versions_of(trial)
+            if known:
+                progress("register", f"trial {trial.run_id} is version {known[0].version} already")
+                return known[0]
+            self._remove_leftovers(trial)
+            try:
+                return self._make_version(trial, save)
+            except RefusedError as error:
+                self.client.set_tag(trial.run_id, REFUSED_TAG, str(error)[:_TAG_LETTERS])
+                raise
 
     def _make_version(self, trial: Trial, save: Callable[[Path], Exported] | None) -> Version:
         with tempfile.TemporaryDirectory(prefix="rayline-register-") as folder:
@@ -100,9 +104,13 @@ class Publisher:
         return exported
 
     def _versions_of(self, trial: Trial) -> list[Version]:
-        return [
-            version for version in versions(self.settings) if version.trial_run_id == trial.run_id
-        ]
+        """Return the trial's versions; raise RegistryError if one of them can't be read."""
+        self._known, foreign = survey(self.settings)
+        found = [version for version in self._known if version.trial_run_id == trial.run_id]
+        for other in foreign:
+            if not found and other.trial_run_id == trial.run_id:
+                raise RegistryError(f"trial {trial.run_id} can't be registered again: {other.why}")
+        return found
 
     def split(self, name: str) -> Split:
         """Return the validation or the test split; of one that does not fit in memory some rows."""
@@ -185,7 +193,7 @@ class Publisher:
         return facts, on_test
 
     def _check_gap(self, facts: Facts) -> None:
-        known = [v for v in versions(self.settings) if v.data_digest == facts.data_digest]
+        known = [v for v in self._known if v.data_digest == facts.data_digest]
         rows = {f"{split}_rows": self.manifest.rows(split) for split in ("val", "test")}
         verdict = gaps.judge(facts.scores, [version.scores for version in known], **rows)
         if verdict.holds:
@@ -305,13 +313,20 @@ class Publisher:
         return first
 
     def _remove_leftovers(self, trial: Trial) -> None:
-        """Delete models that an interrupted registration logged but never registered."""
-        logged = self.client.search_logged_models(
-            [trial.experiment_id],
+        """Delete models that an interrupted registration logged but never registered.
+
+        As in `gc`, young ones stay: another registration may be about to make them a version.
+        """
+        logged = pages(
+            self.client.search_logged_models,
+            experiment_ids=[trial.experiment_id],
             filter_string=f"source_run_id = '{trial.run_id}'",
         )
+        taken = {other.model_id for other in survey(self.settings)[1]}
         for model in logged:
-            if model.tags.get(MODEL_NAME_TAG) == self.settings.model:
+            is_old = time.time() - model.creation_timestamp / 1000 >= GRACE_S
+            is_ours = model.tags.get(MODEL_NAME_TAG) == self.settings.model
+            if is_old and is_ours and model.model_id not in taken:
                 self._remove(model.model_id)
 
     def _remove(self, model_id: str) -> None:

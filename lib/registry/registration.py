@@ -13,6 +13,7 @@ from lib.cli import progress
 from lib.config import Settings
 from lib.data.manifest import Manifest
 from lib.errors import RefusedError, RegistryError
+from lib.registry.claims import claimed
 from lib.registry.external import fetched, save, understand
 from lib.registry.external_runs import as_trial, closed_run, ensure_run, owner_of
 from lib.registry.gaps import too_weak_to_challenge
@@ -32,6 +33,8 @@ from lib.storage import Storage
 
 WEAK_TAG = "rayline.no_challenger"
 """On a version: why its registration did not make it challenger."""
+_ALIASES = "aliases"
+"""Claim under which they are set: two first registrations would both make a champion."""
 
 
 def register(
@@ -75,7 +78,8 @@ def register(
                 continue
             ensure_bundle(settings, storage, version)
             registered.append(version)
-        _complete(client, settings, storage, manifest, registered, challenges=challenges)
+        with claimed(storage, settings.model, _ALIASES):
+            _complete(client, settings, storage, manifest, registered, challenges=challenges)
         by_number = {version.version: version for version in versions(settings)}
     return [by_number[version.version] for version in registered]
 
@@ -92,7 +96,8 @@ def register_external(
     client = connect(settings)
     with fetched(settings, uri) as model, explained(settings, f"registering {uri}"):
         publisher = Publisher(settings=settings, storage=storage, manifest=manifest, client=client)
-        run = ensure_run(client, settings, manifest, model)
+        with claimed(storage, settings.model, f"external-{model.sha256}"):
+            run = ensure_run(client, settings, manifest, model)
         known = [version for version in versions(settings) if version.run_id == run.info.run_id]
         if known:
             progress("register", f"{uri} is version {known[0].version} already")
@@ -109,7 +114,8 @@ def register_external(
                     ),
                 )
         ensure_bundle(settings, storage, version)
-        _complete(client, settings, storage, manifest, [version], challenges=True)
+        with claimed(storage, settings.model, _ALIASES):
+            _complete(client, settings, storage, manifest, [version], challenges=True)
         by_number = {version.version: version for version in versions(settings)}
     return by_number[version.version]
 

@@ -25,6 +25,9 @@ from lib.registry.server import connect, explained
 from lib.serving import policy
 from lib.storage import Storage
 
+GRACE_S = 3600.0
+"""What is younger is left alone: a job may be about to refer to it."""
+
 
 def delete(
     settings: Settings, storage: Storage, ref: str, *, dry_run: bool = False

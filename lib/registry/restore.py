@@ -33,7 +33,7 @@ from lib.errors import RegistryError
 from lib.registry.backup import read_backup
 from lib.registry.inspection import ORIGINAL_RUN_TAG
 from lib.registry.models import CREATED_TAG, ensure_bundle, survey
-from lib.registry.server import connect, explained
+from lib.registry.server import connect, ensure_experiment, explained
 from lib.serving import policy
 from lib.serving.bundle import CARD_FILE, bundle_path
 from lib.serving.traffic import Policy
@@ -131,7 +131,7 @@ class _Restore:
         for old, run in sorted(
             runs.items(), key=lambda item: "mlflow.parentRunId" in item[1]["tags"]
         ):
-            experiment_id = self._experiment(run["experiment"])
+            experiment_id = ensure_experiment(self.client, run["experiment"])
             there = self.client.search_runs(
                 [experiment_id],
                 f"tags.`{BACKUP_TAG}` = '{self.backup}' and tags.`{ORIGINAL_RUN_TAG}` = '{old}'",
@@ -204,10 +204,6 @@ class _Restore:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return False
-
-    def _experiment(self, name: str) -> str:
-        found = self.client.get_experiment_by_name(name)
-        return str(found.experiment_id if found else self.client.create_experiment(name))
 
     def _new(self, run_id: str) -> str:
         # A version from elsewhere may name a sweep that there never was.

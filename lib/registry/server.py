@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
 
+from lib.cli import progress
 from lib.config import Settings
 from lib.errors import AWAY, RegistryError
 
@@ -48,6 +51,34 @@ def explained(settings: Settings, doing: str) -> Iterator[None]:
         raise RegistryError(
             f"MLflow at {settings.mlflow_uri} failed while {doing}: {error}"
         ) from error
+
+
+def ensure_experiment(client: MlflowClient, name: str) -> str:
+    """Return an experiment's id; it is made if there is none, and restored if it was deleted."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)
+            if found is None:  # Else somebody made it meanwhile.
+                raise error
+    if found.lifecycle_stage != LifecycleStage.ACTIVE:
+        client.restore_experiment(found.experiment_id)
+        progress("registry", f"experiment {name!r} had been deleted in MLflow: it is restored")
+    return str(found.experiment_id)
+
+
+def pages(search: Callable[..., Any], **query: Any) -> list[Any]:
+    """Return the results of all pages of one of MLflow's searches."""
+    results: list[Any] = []
+    token: str | None = None
+    while True:
+        page = search(page_token=token, **query)
+        results += page
+        token = page.token
+        if not token:
+            return results
 
 
 def download(settings: Settings, artifact_uri: str, folder: Path) -> Path:

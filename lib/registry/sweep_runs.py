@@ -16,7 +16,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 from lib import provenance
 from lib.config import Settings
 from lib.data.manifest import Manifest, manifest_path
-from lib.registry.server import connect, explained
+from lib.registry.server import connect, ensure_experiment, explained
 from lib.storage import Storage
 
 PACKAGES = ("ray", "torch", "torchvision", "mlflow", "optuna", "numpy", "pyarrow")
@@ -51,8 +51,7 @@ def start_sweep(
     group = f"rayline/{settings.model}"
     common = {**_common_tags(manifest), **tags}
     with explained(settings, "starting the record of a sweep"):
-        found = client.get_experiment_by_name(group)
-        experiment_id = found.experiment_id if found else client.create_experiment(group)
+        experiment_id = ensure_experiment(client, group)
         run = client.create_run(
             experiment_id,
             run_name=f"sweep-{name}-{time.strftime('%Y%m%d-%H%M%S')}",
