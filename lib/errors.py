@@ -73,6 +73,10 @@ class RegistryError(RaylineError):
     """A model version is unknown, or was refused by a gate."""
 
 
+class FilesError(RegistryError):
+    """A version's files are gone, or are not those that were registered."""
+
+
 class RefusedError(RegistryError):
     """A gate refused to make a trial a version."""
 

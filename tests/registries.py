@@ -166,14 +166,6 @@ class Registry:
             self.client.create_model_version(name, "file:///elsewhere")
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables: making them takes seconds, copying them nothing."""
-    file = tmp_path_factory.mktemp("mlflow-tables") / "mlflow.db"
-    MlflowClient(f"sqlite:///{file}").search_experiments()
-    return file
-
-
 def make_registry(folder: Path, database: Path, patch: pytest.MonkeyPatch) -> Registry:
     """Return an empty registry below a folder."""
     folder.mkdir(exist_ok=True)

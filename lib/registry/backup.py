@@ -2,18 +2,23 @@
 
 It is made through the APIs of MLflow and of storage, so it can be restored into servers of other
 kinds at other places. Included are all models' versions with aliases, tags and files, the runs of
-their trials and sweeps with all that was recorded, the policy with its history, manifests and
-baselines. Not included are trials that are no versions, versions that something else than Rayline
-made, predictions, and, unless asked for, images and `keys.json`.
+their trials and sweeps with all that was recorded, the policy with its history, manifests,
+baselines, outcomes of sweeps, the records of rollouts and retrains, and the scorecard's attested
+checks. The policy is that of the beginning: a promotion meanwhile is not in it.
+
+Not included are trials that are no versions; versions that something else than Rayline made, whose
+tags were changed or whose files are gone (the result names them); predictions and feedback
+(`predictions/`), the monitor's memory (`watch/`), the state of sweeps (`sweeps/`: none can be
+resumed), and, unless asked for, images and `keys.json`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,22 +26,34 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, Run
-from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from lib.cli import progress
 from lib.config import Settings
-from lib.errors import RegistryError
-from lib.registry.fetch import download_model
-from lib.registry.models import Version, logged_model_id, survey
-from lib.registry.server import connect, download, explained
+from lib.errors import FilesError, RegistryError
+from lib.registry.models import (
+    CHALLENGER,
+    CHAMPION,
+    PT2_PATH,
+    Version,
+    download_model,
+    logged_model_id,
+    survey,
+)
+from lib.registry.server import connect, download, explained, pages
+from lib.serving.bundle import ONNX_FILE, bundle_path, file_sha256
 from lib.serving.keys import KEYS_FILE
 from lib.storage import Storage
 
 FORMAT = 1
 INDEX_FILE = "backup.json"
 REGISTRY_FILE = "registry.json"
+RECORDS = ("rollouts", "retrains", "scorecard")
+"""Folders below the storage root whose files name runs; a restore writes them with the new ids."""
+CODE_RECORD = re.compile(r"sweeps/[^/]+/code\.json")
+"""Of each sweep, what was recorded of its code."""
+_GENERATION = re.compile(r"traffic/\d{8}\.json")
 _NOT_OURS = ("mlflow.log-model.history", "mlflow.runName")
 """Tags that MLflow itself writes when a run is made."""
 
@@ -60,10 +77,16 @@ def backup(
     partial.mkdir(parents=True)
     client = connect(settings)
     writer = _Writer(settings=settings, storage=storage, client=client, folder=partial)
+    # Before the registry, whose reading takes minutes: then it has all that the policy names.
+    generations = {
+        path: storage.read(path) for path in storage.list("traffic") if _GENERATION.fullmatch(path)
+    }
     with explained(settings, "reading the registry"):
         registry = writer.registry()
+    copied = writer.write_traffic(generations, registry["models"])
     (partial / REGISTRY_FILE).write_text(json.dumps(registry, indent=1, sort_keys=True) + "\n")
-    copied = writer.copy_storage(with_data=with_data, with_keys=with_keys)
+    copied += writer.copy_storage(with_data=with_data, with_keys=with_keys)
+    writer.note_changes(copied_generations=len(generations))
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     index = {
         "format": FORMAT,
@@ -71,7 +94,7 @@ def backup(
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "with_data": with_data,
         "with_keys": with_keys,
-        "sha256": {path.relative_to(partial).as_posix(): sha256(path) for path in files},
+        "sha256": {path.relative_to(partial).as_posix(): file_sha256(path) for path in files},
     }
     (partial / INDEX_FILE).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
     num_bytes = sum(path.stat().st_size for path in files)
@@ -90,6 +113,7 @@ def backup(
         "bytes": num_bytes,
         "with_data": with_data,
         "with_keys": with_keys,
+        "left_out": writer.left_out,
         "notes": writer.notes,
     }
 
@@ -101,22 +125,35 @@ class _Writer:
     client: MlflowClient
     folder: Path
     notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    """Versions of Rayline that are not in the backup, and why."""
 
     def registry(self) -> dict[str, Any]:
         """Return all models with their versions and runs; their files are in the folder then."""
         models: dict[str, Any] = {}
         run_ids: dict[str, None] = {}
-        for model in self._registered_models():
+        for model in pages(self.client.search_registered_models):
             known, foreign = survey(self.settings, model.name)
+            if foreign and not known and not any(other.trial_run_id for other in foreign):
+                self.notes.append(
+                    f"left out: model {model.name!r}, whose {len(foreign)} versions are not "
+                    "Rayline's"
+                )
+                continue
             for other in foreign:
-                self.notes.append(f"left out: {other.why}")
+                if other.trial_run_id:
+                    self._leave_out(other.why)
+                else:
+                    self.notes.append(f"left out: {other.why}")
+            written = [(version, self._version(version)) for version in known]
+            known = [version for version, content in written if content]
             if not known:
                 continue
             models[model.name] = {
                 "description": model.description,
                 "tags": dict(model.tags),
                 "aliases": {a: v.version for v in known for a in v.aliases},
-                "versions": [self._version(version) for version in known],
+                "versions": [content for _, content in written if content],
             }
             for version in known:
                 run_ids |= {version.sweep_run_id: None, version.trial_run_id: None}
@@ -131,15 +168,16 @@ class _Writer:
 
     def copy_storage(self, *, with_data: bool, with_keys: bool) -> int:
         """Copy what is kept under the storage root; return how many files."""
-        folders = ["traffic", "data/sets", "baseline", "steps/tune"]
+        folders = ["data/sets", "baseline", "steps/tune", *RECORDS]
         folders += ["data/shards"] * with_data
-        paths = [path for name in folders for path in self.storage.list(name)]
+        paths = [path for name in folders for path in self.storage.list(name, recursive=True)]
+        sweeps = (f"{folder}/code.json" for folder in self.storage.folders("sweeps"))
+        paths += [path for path in sweeps if self.storage.exists(path)]
         if with_keys and self.storage.exists(KEYS_FILE):
             paths.append(KEYS_FILE)
         for path in paths:
-            target = self.folder / "storage" / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(self.storage.read_buffer(path))
+            self._write(path, self.storage.read_buffer(path))
+        self.notes.append("predictions, the monitor's memory and the state of sweeps are not in it")
         if not with_data:
             self.notes.append("images are not in it (--with-data): ingest them again from source")
         if not with_keys and self.storage.exists(KEYS_FILE):
@@ -148,22 +186,69 @@ class _Writer:
             )
         return len(paths)
 
-    def _registered_models(self) -> Iterator[RegisteredModel]:
-        token: str | None = None
-        while True:
-            page = self.client.search_registered_models(page_token=token)
-            yield from page
-            token = page.token
-            if not token:
-                return
+    def write_traffic(self, generations: Mapping[str, bytes], models: dict[str, Any]) -> int:
+        """Write the policy's history up to the newest generation that can serve; return its length.
 
-    def _version(self, version: Version) -> dict[str, Any]:
-        found = self.client.get_model_version(version.name, str(version.version))
+        That is the newest whose versions are all in `models`; the aliases there are made to follow
+        it.
+        """
+        paths = sorted(generations)
+        while paths:
+            document = json.loads(generations[paths[-1]])
+            lacking = lacking_bundles(document, models)
+            if not lacking:
+                break
+            self.notes.append(
+                f"left out: {paths.pop()}, of whose versions {', '.join(lacking)} are not in it"
+            )
+        for path in paths:
+            self._write(path, generations[path])
+        if paths:
+            for name, traffic in document["models"].items():
+                aliases = models[name]["aliases"]
+                aliases[CHAMPION] = traffic["champion"]
+                if aliases.get(CHALLENGER) == traffic["champion"]:
+                    del aliases[CHALLENGER]
+        elif generations:
+            self.notes.append("no traffic policy is in it: none could serve")
+        return len(paths)
+
+    def note_changes(self, copied_generations: int) -> None:
+        """Note whether the policy was changed while the backup was made."""
+        now = sum(1 for path in self.storage.list("traffic") if _GENERATION.fullmatch(path))
+        if now > copied_generations:
+            self.notes.append(
+                f"the traffic policy was changed {now - copied_generations} times meanwhile: back "
+                "up again to have what serves now"
+            )
+
+    def _write(self, path: str, content: Any) -> None:
+        target = self.folder / "storage" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+
+    def _leave_out(self, why: str) -> None:
+        self.left_out.append(why)
+        progress("backup", f"WARNING: left out: {why}")
+
+    def _version(self, version: Version) -> dict[str, Any] | None:
+        """Return what is known of a version, its files copied; None if it has to be left out."""
         target = self.folder / "models" / version.name / str(version.version)
         target.parent.mkdir(parents=True, exist_ok=True)
         place = self.folder / "download"
-        download_model(self.settings, version, place).rename(target)
-        shutil.rmtree(place, ignore_errors=True)
+        try:
+            found = self.client.get_model_version(version.name, str(version.version))
+            download_model(self.settings, version, place).rename(target)
+        except FilesError as error:
+            self._leave_out(str(error))
+            return None
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            self._leave_out(f"version {version.version} of {version.name!r} was deleted meanwhile")
+            return None
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
         progress("backup", f"{version.name} version {version.version}")
         model_id = logged_model_id(found)
         logged = self.client.get_logged_model(model_id) if model_id else None
@@ -224,15 +309,50 @@ def read_backup(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         raise RegistryError(f"the backup's format {index.get('format')!r} is not {FORMAT}")
     for path, digest in index["sha256"].items():
         file = folder / path
-        if not file.is_file() or sha256(file) != digest:
+        if not file.is_file() or file_sha256(file) != digest:
             raise RegistryError(f"the backup is damaged: {file} is missing or was changed")
-    return index, json.loads((folder / REGISTRY_FILE).read_text())
+    registry = json.loads((folder / REGISTRY_FILE).read_text())
+    for name, model in registry["models"].items():
+        for version in model["versions"]:
+            _check_digests(index["sha256"], name, version)
+    generations = sorted((folder / "storage" / "traffic").glob("*.json"))
+    if generations:
+        newest = generations[-1]
+        lacking = lacking_bundles(json.loads(newest.read_text()), registry["models"])
+        if lacking:
+            raise RegistryError(
+                f"the backup can't serve: {newest} names {', '.join(lacking)}, which it does not "
+                "have; restore another backup, or, to go back to the generation before, delete "
+                f"that file and its line in {index_file}"
+            )
+    return index, registry
 
 
-def sha256(file: Path) -> str:
-    """Return a file's SHA-256, read in pieces."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def lacking_bundles(policy_document: Mapping[str, Any], models: Mapping[str, Any]) -> list[str]:
+    """Return the bundles that a policy names and that are none of these models' versions."""
+    there = {
+        bundle_path(name, version["version"], version["run_id"])
+        for name, model in models.items()
+        for version in model["versions"]
+    }
+    named = (
+        bundle
+        for traffic in policy_document["models"].values()
+        for bundle in traffic["bundles"].values()
+    )
+    return sorted(set(named) - there)
+
+
+def _check_digests(files: Mapping[str, str], name: str, version: Mapping[str, Any]) -> None:
+    """Raise RegistryError if a version's files were not those registered when they were saved."""
+    for path, kind in ((ONNX_FILE, "onnx"), (PT2_PATH, "pt2")):
+        wanted = version["tags"].get(f"rayline.{kind}_sha256", "null")
+        file = f"models/{name}/{version['version']}/{path}"
+        if wanted not in ("null", files.get(file)):
+            raise RegistryError(
+                f"the backup is damaged: {file} is not the file that was registered, whose SHA-256 "
+                f"is {wanted}; restore another backup"
+            )
 
 
 def _lost_run(settings: Settings) -> dict[str, Any]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from lib.config import Settings
 from lib.errors import RegistryError
-from lib.registry.models import Version, model_location, resolve
-from lib.registry.server import connect, download, explained
+from lib.registry.models import download_model, resolve
 from lib.serving.bundle import CARD_FILE, ONNX_FILE
 
 
@@ -44,19 +42,3 @@ def fetch(settings: Settings, ref: str, folder: Path) -> dict[str, Any]:
         "load": f"mlflow.pyfunc.load_model({str(folder)!r})",
         "onnx": str(folder / ONNX_FILE) if (folder / ONNX_FILE).exists() else None,
     }
-
-
-def download_model(settings: Settings, version: Version, folder: Path) -> Path:
-    """Copy the files of a version, as MLflow keeps them, and return the folder with `MLmodel`."""
-    client = connect(settings)
-    with explained(settings, f"finding the files of version {version.version}"):
-        source = model_location(client, version.name, version.version)
-    folder.mkdir(parents=True)
-    found = download(settings, source, folder)
-    if not (found / "MLmodel").is_file():
-        shutil.rmtree(found)
-        raise RegistryError(
-            f"version {version.version} of {version.name!r} has no MLmodel file at {source}: its "
-            "files were deleted; restore a backup, or register its sweep again"
-        )
-    return found

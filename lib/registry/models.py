@@ -14,15 +14,25 @@ from typing import Any, Self
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from lib.cli import progress
 from lib.config import Settings
-from lib.errors import RefusedError, RegistryError, StorageError
+from lib.errors import FilesError, RefusedError, RegistryError, StorageError
 from lib.registry import gaps
 from lib.registry.gaps import Scores, Verdict
 from lib.registry.server import connect, download, explained, pages
 from lib.serving import policy
-from lib.serving.bundle import CARD_FILE, ONNX_FILE, Card, bundle_path, write_bundle
+from lib.serving.bundle import (
+    CARD_FILE,
+    ONNX_FILE,
+    PT2_FILE,
+    Card,
+    bundle_path,
+    check_model_file,
+    file_sha256,
+    write_bundle,
+)
 from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
 
@@ -91,6 +101,10 @@ class Facts:
     """Where it came from; None if a sweep of Rayline trained it."""
     origin_sha256: str | None = None
     """Over the files of the model that came from there."""
+    onnx_sha256: str | None = None
+    """Of the file `model.onnx`; None of versions from before digests were kept."""
+    pt2_sha256: str | None = None
+    """Of the torch.export program; None where there is none."""
 
     @property
     def scores(self) -> Scores:
@@ -235,7 +249,7 @@ def versions(settings: Settings, name: str | None = None) -> list[Version]:
     """
     ours, foreign = survey(settings, name)
     if foreign:
-        _name_left_out(
+        _say_once(
             f"{len(foreign)} of {len(ours) + len(foreign)} versions are left out: "
             + "; ".join(other.why for other in foreign)
         )
@@ -243,7 +257,7 @@ def versions(settings: Settings, name: str | None = None) -> list[Version]:
 
 
 @functools.cache  # Once for a command that lists versions several times.
-def _name_left_out(message: str) -> None:
+def _say_once(message: str) -> None:
     progress("registry", f"WARNING: {message}")
 
 
@@ -288,19 +302,67 @@ def resolve(settings: Settings, name: str, ref: str) -> Version:
 
 
 def ensure_bundle(settings: Settings, storage: Storage, version: Version) -> str:
-    """Publish a version's serving bundle from MLflow unless it is there; return its path."""
+    """Publish a version's serving bundle from MLflow unless it is there; return its path.
+
+    Raises FilesError or StorageError if a file, of MLflow or of the bundle, is not the one that was
+    registered.
+    """
     if storage.exists(f"{version.bundle}/{CARD_FILE}"):
+        for name, sha256 in ((ONNX_FILE, version.onnx_sha256), (PT2_FILE, version.pt2_sha256)):
+            if sha256:
+                check_model_file(storage, version.bundle, name, sha256)
         return version.bundle
-    client = connect(settings)
-    with explained(settings, f"finding the files of version {version.version}"):
-        source = model_location(client, version.name, version.version)
     with tempfile.TemporaryDirectory(prefix="rayline-bundle-") as folder:
-        files = [ONNX_FILE, CARD_FILE, *([] if version.is_external else [PT2_PATH])]
-        onnx, card, *pt2 = (
-            download(settings, f"{source}/{path}", Path(folder)).read_bytes() for path in files
-        )
-    content = {**json.loads(card), "name": version.name, "version": version.version}
-    return write_bundle(storage, Card.from_json(content), onnx, pt2[0] if pt2 else None)
+        model = download_model(settings, version, Path(folder) / "model")
+        onnx = (model / ONNX_FILE).read_bytes()
+        pt2 = None if version.is_external else (model / PT2_PATH).read_bytes()
+        try:
+            content = json.loads((model / CARD_FILE).read_text())
+            card = Card.from_json({**content, "name": version.name, "version": version.version})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FilesError(
+                f"{CARD_FILE} of version {version.version} of {version.name!r} can't be read "
+                f"({error!r}); {_RESTORE}"
+            ) from error
+    return write_bundle(storage, card, onnx, pt2)
+
+
+_RESTORE = "restore a backup, or delete the version and register its sweep again"
+
+
+def download_model(settings: Settings, version: Version, folder: Path) -> Path:
+    """Copy the files of a version, as MLflow keeps them, and return the folder with `MLmodel`.
+
+    Raises FilesError if they are gone, or are not those that were registered.
+    """
+    client = connect(settings)
+    which = f"version {version.version} of {version.name!r}"
+    with explained(settings, f"finding the files of {which}"):
+        try:
+            source = model_location(client, version.name, version.version)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise FilesError(f"{which} has no model in MLflow any more; {_RESTORE}") from error
+        there = get_artifact_repository(source, tracking_uri=settings.mlflow_uri).list_artifacts()
+    if not there:
+        raise FilesError(f"the files of {which} at {source} were deleted; {_RESTORE}")
+    folder.mkdir(parents=True)
+    model = download(settings, source, folder)
+    wanted = {"MLmodel": None, ONNX_FILE: version.onnx_sha256}
+    if not version.is_external:
+        wanted[PT2_PATH] = version.pt2_sha256
+    for path, sha256 in wanted.items():
+        if not (model / path).is_file():
+            raise FilesError(f"{which} has no file {path} at {source}; {_RESTORE}")
+        if sha256 and (found := file_sha256(model / path)) != sha256:
+            raise FilesError(
+                f"{path} of {which} at {source} is not the file that was registered: its SHA-256 "
+                f"is {found}, not {sha256}; {_RESTORE}"
+            )
+    if not version.onnx_sha256:
+        _say_once(f"{which} was registered before digests were kept: its files aren't checked")
+    return model
 
 
 def logged_model_id(version: ModelVersion) -> str | None:

@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from lib.registry.removal import GRACE_S, remove_model
 from lib.registry.runtime import Measured, measure_where_served
 from lib.registry.server import download, pages
 from lib.registry.trials import Trial
-from lib.serving.bundle import CARD_FILE, Card
+from lib.serving.bundle import CARD_FILE, Card, file_sha256
 from lib.serving.predictor import OnnxPredictor
 from lib.storage import Storage
 
@@ -87,6 +87,11 @@ class Publisher:
         with tempfile.TemporaryDirectory(prefix="rayline-register-") as folder:
             exported = save(Path(folder)) if save else self._export(trial, Path(folder))
             facts, evaluation = self._measure(trial, exported)
+            facts = replace(
+                facts,
+                onnx_sha256=file_sha256(exported.onnx_file),
+                pt2_sha256=None if exported.origin else file_sha256(exported.pt2_file),
+            )
             self._check_gap(facts)
             self._write_descriptions(exported, facts, evaluation)
             model_id = self._log_model(trial, exported)
@@ -222,6 +227,8 @@ class Publisher:
             runtime=facts.runtime,
             git_commit=facts.git_commit,
             test_accuracy=facts.test_accuracy,
+            onnx_sha256=facts.onnx_sha256,
+            pt2_sha256=facts.pt2_sha256,
         ).to_json()
         # The registry gives the number afterwards: the bundle's card has it.
         del card["version"]

@@ -8,6 +8,7 @@ restore of the same backup goes on.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ from mlflow.models import Model
 from lib.cli import progress
 from lib.config import Settings
 from lib.errors import RegistryError
-from lib.registry.backup import read_backup
+from lib.registry.backup import CODE_RECORD, RECORDS, read_backup
 from lib.registry.inspection import ORIGINAL_RUN_TAG
 from lib.registry.models import CREATED_TAG, ensure_bundle, survey
 from lib.registry.server import connect, ensure_experiment, explained
@@ -43,6 +44,7 @@ BACKUP_TAG = "rayline.backup"
 """On what a restore made: the backup's id."""
 _WHOLE_TAG = "rayline.restored"
 """On a run that was restored with all that belongs to it."""
+_RUN_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 _PARAMS, _METRICS = 100, 1000
 """What MLflow takes in one request."""
 
@@ -64,6 +66,7 @@ def restore(settings: Settings, storage: Storage, folder: Path) -> dict[str, Any
         for name, model in registry["models"].items():
             work.model(name, model)
         work.steps()
+        work.records()
     served = work.traffic(registry)
     return {
         "models": {
@@ -112,7 +115,8 @@ class _Restore:
     def copy_storage(self) -> None:
         """Write manifests, baselines, shards and keys where there are none."""
         for path, file in self._stored().items():
-            if not path.startswith(("traffic/", "steps/")) and not self.storage.exists(path):
+            is_later = path.startswith(("traffic/", "steps/")) or _names_runs(path)
+            if not is_later and not self.storage.exists(path):
                 self.storage.write(path, file.read_bytes())
 
     def steps(self) -> None:
@@ -125,6 +129,16 @@ class _Restore:
             if sweep:
                 step["result"]["sweep_run_id"] = sweep
                 self.storage.create_json(path, step)
+
+    def records(self) -> None:
+        """Write the records of rollouts, retrains and sweeps' code, with the new ids of runs."""
+
+        def with_new_ids(text: str) -> str:
+            return _RUN_ID.sub(lambda found: self._new(found[0]), text)
+
+        for path, file in self._stored().items():
+            if _names_runs(path) and not self.storage.exists(with_new_ids(path)):
+                self.storage.write(with_new_ids(path), with_new_ids(file.read_text()).encode())
 
     def runs(self, runs: Mapping[str, Any]) -> None:
         """Record the runs again, sweeps before their trials."""
@@ -307,6 +321,12 @@ class _Restore:
         self._log_metrics(run_id, metrics)
         self.client.finalize_logged_model(logged.model_id, "READY")
         return str(logged.model_id)
+
+
+def _names_runs(path: str) -> bool:
+    return path.startswith(tuple(f"{folder}/" for folder in RECORDS)) or bool(
+        CODE_RECORD.fullmatch(path)
+    )
 
 
 def _dataset_input(content: Mapping[str, Any]) -> DatasetInput:

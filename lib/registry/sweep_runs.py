@@ -62,10 +62,17 @@ def start_sweep(
         client.log_text(run_id, json.dumps(experiment, indent=2), "experiment.json")
         if manifest is not None:
             client.log_inputs(run_id, [_dataset_input(storage, manifest)])
-        diff = provenance.current().diff
-        if diff:
-            client.log_text(run_id, diff, "provenance/uncommitted.patch")
+        code = provenance.current()
+        if code.diff:
+            client.log_text(run_id, code.diff, "provenance/uncommitted.patch")
+        # Beside MLflow, which has no login: what `reproduce` takes a diff from there by.
+        storage.write_json(code_path(run_id), {"diff_sha256": code.diff_sha256})
     return SweepRun(run_id=run_id, experiment_id=experiment_id, tags=common)
+
+
+def code_path(sweep_run_id: str) -> str:
+    """Return where the digest of a sweep's uncommitted changes is, relative to the storage root."""
+    return f"sweeps/{sweep_run_id}/code.json"
 
 
 def reopen_sweep(settings: Settings, sweep_run_id: str) -> SweepRun:

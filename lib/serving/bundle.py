@@ -5,13 +5,18 @@ Serving reads bundles only, so replicas start, and restart, while MLflow is away
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from lib.cli import progress
 from lib.data.manifest import Preprocess
 from lib.errors import StorageError
 from lib.storage import Storage
@@ -41,6 +46,9 @@ class Card:
     """`onnxruntime` or `torch`, whichever was faster when the version was registered."""
     git_commit: str | None
     test_accuracy: float
+    onnx_sha256: str | None = None
+    """Of the bundle's files; None where they were published before digests were kept."""
+    pt2_sha256: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -69,11 +77,11 @@ class Card:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Card:
-        """Rebuild a card from its JSON."""
-        fields = dict(content)
-        fields["class_names"] = tuple(fields["class_names"])
-        fields["preprocess"] = Preprocess.from_json(fields["preprocess"])
-        return cls(**fields)
+        """Rebuild a card from its JSON; what a later Rayline wrote beside it is left out."""
+        known = {field.name: content[field.name] for field in fields(cls) if field.name in content}
+        known["class_names"] = tuple(known["class_names"])
+        known["preprocess"] = Preprocess.from_json(known["preprocess"])
+        return cls(**known)
 
 
 def _some(class_names: Sequence[str]) -> str:
@@ -93,8 +101,16 @@ def bundle_path(name: str, version: int, run_id: str) -> str:
 
 
 def write_bundle(storage: Storage, card: Card, onnx: bytes, pt2: bytes | None) -> str:
-    """Publish a bundle, its card last, and return its path; other people's models lack the pt2."""
+    """Publish a bundle, its card last, and return its path; other people's models lack the pt2.
+
+    The card gets the digests of what is published.
+    """
     path = bundle_path(card.name, card.version, card.run_id)
+    card = replace(
+        card,
+        onnx_sha256=hashlib.sha256(onnx).hexdigest(),
+        pt2_sha256=hashlib.sha256(pt2).hexdigest() if pt2 is not None else None,
+    )
     storage.write(f"{path}/{ONNX_FILE}", onnx)
     if pt2 is not None:
         storage.write(f"{path}/{PT2_FILE}", pt2)
@@ -107,10 +123,48 @@ def read_card(storage: Storage, path: str) -> Card:
     return Card.from_json(storage.read_json(f"{path}/{CARD_FILE}"))
 
 
-def local_model_file(storage: Storage, path: str, file_name: str) -> Path:
-    """Return a bundle's model file on a local disk, fetched there first if storage is remote."""
+def local_model_file(storage: Storage, path: str, file_name: str, sha256: str | None) -> Path:
+    """Return a bundle's model file on a local disk, fetched there first if storage is remote.
+
+    Raises StorageError if the file is missing, or is not the one with this digest. Without a
+    digest that is not looked at, which is said once.
+    """
+    if sha256 is None:
+        _name_unchecked(path)
     if storage.is_local:
+        check_model_file(storage, path, file_name, sha256)
         return Path(storage.path(f"{path}/{file_name}"))
     target = Path(tempfile.mkdtemp(prefix="rayline-bundle-")) / file_name
-    target.write_bytes(storage.read(f"{path}/{file_name}"))
+    target.write_bytes(check_model_file(storage, path, file_name, sha256))
     return target
+
+
+def check_model_file(storage: Storage, path: str, file_name: str, sha256: str | None) -> pa.Buffer:
+    """Return a bundle's file; raise StorageError if it is missing or has another digest."""
+    try:
+        content = storage.read_buffer(f"{path}/{file_name}")
+    except StorageError as error:
+        raise StorageError(f"{error}; {_PUBLISH_AGAIN}") from error
+    if sha256 and (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise StorageError(
+            f"{storage.path(path)}/{file_name} is not the file that was published: its SHA-256 is "
+            f"{found}, not {sha256}; {_PUBLISH_AGAIN}"
+        )
+    return content
+
+
+def file_sha256(file: Path) -> str:
+    """Return a file's SHA-256, read in pieces."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+_PUBLISH_AGAIN = (
+    "delete that folder and run jobs.register with the version's sweep again, which publishes it "
+    "from MLflow"
+)
+
+
+@functools.cache
+def _name_unchecked(path: str) -> None:
+    progress("bundle", f"{path} was published before digests were kept: its files aren't checked")

@@ -80,14 +80,15 @@ def load_predictor(
 
     `device` is that of torch: `lib.device.granted_device` in a process of Ray's.
 
-    Raises ServingError if the model gives another shape than the card promises.
+    Raises ServingError if the model gives another shape than the card promises, StorageError if
+    its file is not the one that was published.
     """
     predictor: Predictor
     if card.runtime == "onnxruntime":
-        file = local_model_file(storage, path, ONNX_FILE)
+        file = local_model_file(storage, path, ONNX_FILE, card.onnx_sha256)
         predictor = OnnxPredictor(file, num_threads=num_threads)
     elif card.runtime == "torch":
-        file = local_model_file(storage, path, PT2_FILE)
+        file = local_model_file(storage, path, PT2_FILE, card.pt2_sha256)
         predictor = TorchPredictor(file, num_threads=num_threads, device=device)
     else:
         raise ServingError(f"{path}: unknown runtime {card.runtime!r}")

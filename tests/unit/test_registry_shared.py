@@ -16,9 +16,7 @@ from lib.registry.publish import Publisher
 from lib.registry.server import ensure_experiment
 from lib.registry.sweep_runs import start_sweep
 from lib.serving.deploy import _champion_and_challenger as traffic_of
-from tests.registries import MODEL, Registry, empty_database, make_registry
-
-__all__ = ["empty_database"]
+from tests.registries import MODEL, Registry, make_registry
 
 
 @pytest.fixture
@@ -238,7 +236,7 @@ def test_a_deleted_experiment_is_restored_with_a_line_of_output(
 
 def test_leftovers_go_when_they_are_old(registry: Registry) -> None:
     trial = registry.trial()
-    left = registry.client.create_logged_model(
+    registry.client.create_logged_model(
         registry.experiment, "model", source_run_id=trial.run_id, tags={"rayline.model": MODEL}
     )
     registry.patch.setattr(publish, "GRACE_S", 0.0)
