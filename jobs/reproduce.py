@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--this-code", action="store_true", help="not the recorded commit")
     parser.add_argument("--this-env", action="store_true", help="even if torch differs")
     parser.add_argument("--rebuild-env", action="store_true", help="recorded packages, in a venv")
+    parser.add_argument(
+        "--trust-diff", action="store_true", help="run uncommitted changes known from MLflow alone"
+    )
     arguments = parser.parse_args(argv)
     cli.run(lambda: _reproduce(arguments), only_json=arguments.json)
 
@@ -46,6 +49,7 @@ def _reproduce(arguments: argparse.Namespace) -> Mapping[str, Any]:
             this_code=arguments.this_code,
             this_env=arguments.this_env,
             rebuild_env=arguments.rebuild_env,
+            trust_diff=arguments.trust_diff,
         ),
     )
     cli.progress("reproduce", found.describe())

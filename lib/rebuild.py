@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from lib.errors import RefusedError
 from lib.provenance import CODE_FOLDERS, UNTRACKED
 
 THIS_CODE = "add --this-code to train with the code of this checkout instead"
+THIS_ENV = "add --this-env to go on with the packages of this environment"
 
 
 @contextmanager
@@ -26,6 +30,9 @@ def checked_out(root: Path, commit: str, diff: str | None) -> Iterator[Path]:
     The checkout at `root` keeps its branch, its index and its files. Raises RefusedError if the
     commit is not there, or the diff leaves out code or does not apply.
     """
+    # It comes from a tag that anybody may write: no option, and no name of a branch.
+    if not re.fullmatch("[0-9a-f]{7,64}", commit):
+        raise RefusedError(f"{commit!r} is no commit; {THIS_CODE}")
     patch = _applicable(diff, commit) if diff else ""
     prefix = _git(root, "rev-parse", "--show-prefix")
     if prefix is None:
@@ -64,20 +71,52 @@ def ensure_venv(requirements: Path, python: str, cache: Path | None = None) -> P
         python: Version, as `3.11.2`.
         cache: Where venvs are kept; the user's cache folder if None.
     """
+    # As recorded in MLflow: uv would take a path as well, and run what is there.
+    if not re.fullmatch(r"\d+\.\d+\.\d+\w*", python):
+        raise RefusedError(f"the recorded Python {python!r} is no version; {THIS_ENV}")
     name = hashlib.sha256(python.encode() + requirements.read_bytes()).hexdigest()[:16]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = (cache or base / "rayline" / "environments") / name
     interpreter, complete = folder / "bin" / "python", folder / "complete"
-    if complete.exists():
-        progress("reproduce", f"packages: {folder}, made before")
-        return interpreter
-    progress("reproduce", f"packages: installing {requirements.name} into {folder}")
-    shutil.rmtree(folder, ignore_errors=True)
-    same = python == ".".join(str(part) for part in sys.version_info[:3])
-    _uv("venv", "--quiet", "--python", sys.executable if same else python, str(folder))
-    _uv("pip", "install", "--quiet", "--python", str(interpreter), "-r", str(requirements))
-    complete.touch()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        # Freed with the process: another one may be making the same venv.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if complete.exists():
+            progress("reproduce", f"packages: {folder}, made before")
+            return interpreter
+        progress("reproduce", f"packages: installing {requirements.name} into {folder}")
+        shutil.rmtree(folder, ignore_errors=True)
+        same = python == ".".join(str(part) for part in sys.version_info[:3])
+        _uv("venv", "--quiet", "--python", sys.executable if same else python, str(folder))
+        _uv("pip", "install", "--quiet", "--python", str(interpreter), "-r", str(requirements))
+        complete.touch()
     return interpreter
+
+
+_INSTALLED = """
+import importlib.metadata, json, platform, sys
+found = {name: None for name in sys.argv[1:]}
+for name in found:
+    try:
+        found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(json.dumps({**found, "python": platform.python_version()}))
+"""
+
+
+def installed(interpreter: Path, packages: Iterable[str]) -> dict[str, str | None]:
+    """Return the versions of packages, None of those that are missing, and of Python itself."""
+    command = [str(interpreter), "-I", "-c", _INSTALLED, *packages]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RefusedError(
+            f"{interpreter} does not run: {done.stderr.strip()[-500:]}; delete "
+            f"{interpreter.parents[1]}, or {THIS_ENV}"
+        )
+    found: dict[str, str | None] = json.loads(done.stdout)
+    return found
 
 
 def _applicable(diff: str, commit: str) -> str:
@@ -118,5 +157,5 @@ def _uv(*arguments: str) -> None:
     if done.returncode != 0:
         raise RefusedError(
             f"`uv {' '.join(arguments)}` failed: {done.stderr.strip()[-1500:]}; install uv, look "
-            "at the network, or add --this-env to go on with the packages of this environment"
+            f"at the network, or {THIS_ENV}"
         )

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lib.errors import RefusedError
+from lib.secrets import bare_environment
 
 _DEADLINE_S = 300
 _ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +60,11 @@ def convert(
             process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env=_environment(place, trust_code),
+                env={
+                    **bare_environment(place, _ROOT),
+                    "MLFLOW_DISABLE_TELEMETRY": "true",
+                    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": str(trust_code).lower(),
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -88,20 +93,6 @@ def convert(
             framework=str(about["framework"]),
             classes=about["classes"],
         )
-
-
-def _environment(home: str, trust_code: bool) -> dict[str, str]:
-    """Return all that the process is told: no token, key or address of this one."""
-    return {
-        "PATH": os.environ.get("PATH", os.defpath),
-        "LANG": os.environ.get("LANG", "C.UTF-8"),
-        "HOME": home,
-        "TMPDIR": home,
-        "PYTHONPATH": str(_ROOT),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": str(trust_code).lower(),
-    }
 
 
 def _convert_pytorch(folder: Path, out: Path, probe: npt.NDArray[Any]) -> dict[str, Any]:

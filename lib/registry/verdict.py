@@ -44,6 +44,23 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """The ONNX file that serves beside that of the retrained net, on all test images."""
+
+    images: int
+    differing_labels: int
+    """Images to which the two give different labels."""
+    test_accuracy: float
+    """Of the file that serves, as measured now."""
+    retrained_test_accuracy: float
+
+    def limit(self, noise: Noise) -> float:
+        """How far the two accuracies may lie apart by chance."""
+        error = math.sqrt(self.test_accuracy * (1 - self.test_accuracy) / self.images)
+        return _STANDARD_ERRORS * max(error, noise.seed_deviation or 0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Reproduced:
     """The verdict, and all that it rests on."""
 
@@ -55,26 +72,40 @@ class Reproduced:
     code: str
     epoch: int
     weights: Weights
+    served: Served
     recorded_val_accuracy: float
     val_accuracy: float
     noise: Noise
     environment: Mapping[str, str]
     """What differs, as `recorded → here`."""
+    conditions: tuple[str, ...]
+    """Under which the verdict holds: where something stood for what was recorded."""
     seconds: float
 
     def describe(self) -> str:
         """Return the verdict for people, with what differs."""
-        found = f"{self.name} version {self.version}: {self.verdict}"
-        if self.verdict == IDENTICAL:
-            return f"{found}; all {self.weights.tensors} tensors of epoch {self.epoch}, bit by bit"
+        served = self.served
         changes = [f"{name} {change}" for name, change in self.environment.items()]
-        return (
-            f"{found}; {len(self.weights.differing)} of {self.weights.tensors} tensors by up to "
-            f"{self.weights.max_difference:.3g}; validation accuracy "
-            f"{self.recorded_val_accuracy:.4f} → {self.val_accuracy:.4f}, noise "
-            f"±{self.noise.limit:.4f}; trained with {self.code}; environment: "
-            f"{', '.join(changes) or 'nothing that was recorded differs'}"
-        )
+        parts = [f"{self.name} version {self.version}: {self.verdict}"]
+        if self.conditions:
+            parts[0] += f" on condition: {'; '.join(self.conditions)}"
+        if self.weights.differing:
+            parts += [
+                f"{len(self.weights.differing)} of {self.weights.tensors} tensors by up to "
+                f"{self.weights.max_difference:.3g}",
+                f"validation accuracy {self.recorded_val_accuracy:.4f} → {self.val_accuracy:.4f}, "
+                f"noise ±{self.noise.limit:.4f}",
+            ]
+        else:
+            parts += [f"all {self.weights.tensors} tensors of epoch {self.epoch}, bit by bit"]
+        parts += [
+            f"the ONNX file that serves gives other labels to {served.differing_labels} of "
+            f"{served.images:,} test images than the retrained net's (accuracy "
+            f"{served.test_accuracy:.4f} → {served.retrained_test_accuracy:.4f})",
+            f"trained with {self.code}",
+            f"environment: {', '.join(changes) or 'nothing that was recorded differs'}",
+        ]
+        return "; ".join(parts)
 
     def summary(self) -> dict[str, Any]:
         """Return the verdict as JSON types."""
@@ -89,11 +120,17 @@ class Reproduced:
         }
 
 
-def judge(weights: Weights, accuracy_difference: float, noise: Noise) -> str:
-    """Return the verdict."""
+def judge(weights: Weights, accuracy_difference: float, noise: Noise, served: Served) -> str:
+    """Return the verdict on the weights and on the file that serves.
+
+    `accuracy_difference` is of the validation accuracies of the recorded and the retrained net.
+    """
     if not weights.differing:
-        return IDENTICAL
-    return WITHIN_NOISE if accuracy_difference <= noise.limit else DIFFERS
+        # The same weights give the same labels: else another model serves.
+        return DIFFERS if served.differing_labels else IDENTICAL
+    test_difference = abs(served.test_accuracy - served.retrained_test_accuracy)
+    is_noise = accuracy_difference <= noise.limit and test_difference <= served.limit(noise)
+    return WITHIN_NOISE if is_noise else DIFFERS
 
 
 def compare(recorded: Mapping[str, Tensor], retrained: Mapping[str, Tensor]) -> Weights:

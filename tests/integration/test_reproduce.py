@@ -21,12 +21,13 @@ from lib.config import Preset, Settings
 from lib.data.ingest import ingest
 from lib.data.loader import read_splits
 from lib.data.manifest import load_manifest
-from lib.errors import DataError, RefusedError
+from lib.errors import DataError, RefusedError, StorageError
 from lib.registry import reproduce as module
 from lib.registry.baseline import baseline_path
 from lib.registry.models import Version
 from lib.registry.registration import register
 from lib.registry.reproduce import How, reproduce
+from lib.registry.sweep_runs import code_path
 from lib.registry.verdict import DIFFERS, IDENTICAL
 from lib.storage import Storage
 from lib.train.presets import preset_experiment
@@ -77,7 +78,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     git(root, "commit", "-q", "-m", "all")
     mended = right.replace("import argparse\n", "import argparse\n\nimport lib.train.untracked\n")
     (root / RETRAIN).write_text(mended)
-    (root / "lib/train/untracked.py").write_text('print("the untracked module", flush=True)\n')
+    (root / "lib/train/untracked.py").write_text(
+        'import os\nprint("the untracked module", *sorted(os.environ), flush=True)\n'
+    )
     return root
 
 
@@ -113,8 +116,9 @@ def again(recorded: Recorded, version: Version | None = None, **how: bool) -> An
 
 
 def test_a_champion_of_a_changed_checkout_comes_out_identical(
-    recorded: Recorded, capsys: pytest.CaptureFixture[str]
+    recorded: Recorded, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     before = git(recorded.checkout, "status", "--porcelain")
     assert recorded.version.git_dirty
 
@@ -125,9 +129,15 @@ def test_a_champion_of_a_changed_checkout_comes_out_identical(
     assert found.weights.tensors > 5
     assert found.val_accuracy == found.recorded_val_accuracy
     assert found.environment == {}
+    assert found.conditions == ()
+    assert (found.served.images, found.served.differing_labels) == (300, 0)
+    assert found.served.test_accuracy == recorded.version.test_accuracy
     assert found.code.startswith(f"commit {recorded.version.git_commit[:12]}")
     printed = capsys.readouterr().out
     assert "the untracked module" in printed
+    assert "PYTHONPATH" in printed
+    for secret in ("AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN_PATH"):
+        assert secret not in printed
     assert f"epoch {found.epoch} of {found.epoch}: validation accuracy" in printed
     # The user's checkout is as it was.
     assert git(recorded.checkout, "status", "--porcelain") == before
@@ -149,6 +159,7 @@ def test_other_code_gives_another_verdict_and_exit_code(
             metrics=[Metric("val_accuracy", run.data.metrics["val_accuracy"] - 0.04, 0, 0)],
         )
         client.set_terminated(other.info.run_id, status)
+    monkeypatch.setattr(module, "_PAGE", 1)
     monkeypatch.setenv("RAYLINE_STORAGE", recorded.storage.uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", recorded.settings.mlflow_uri)
     monkeypatch.setattr("lib.line.layout.PROJECT_ROOT", recorded.checkout)
@@ -254,4 +265,62 @@ def test_another_torch_or_code_is_taken_only_when_asked_for(
 
     assert found.verdict == IDENTICAL
     assert "instead of commit unknown" in found.code
+    assert "this checkout's code" in found.conditions[0]
+    assert "identical on condition: trained with this checkout's code" in found.describe()
     assert "the untracked module" not in capsys.readouterr().out
+
+
+class Trains(Exception):
+    """Raised where code would be run."""
+
+
+def test_code_from_mlflow_runs_only_where_it_is_trusted(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def would_run(*_: Any) -> None:
+        raise Trains
+
+    monkeypatch.setattr(module, "_retrain", would_run)
+    path = code_path(recorded.version.sweep_run_id)
+    kept = recorded.storage.read_json(path)
+    assert kept == {"diff_sha256": provenance.collect(recorded.checkout).diff_sha256}
+    with pytest.raises(Trains):
+        again(recorded)
+    try:
+        # As submitted, the changes were others, or none.
+        for other in ("0" * 64, None):
+            recorded.storage.write_json(path, {"diff_sha256": other})
+            with pytest.raises(RefusedError, match="not those that were submitted"):
+                again(recorded, trust_diff=True)
+        recorded.storage.delete(path)
+        with pytest.raises(RefusedError, match="in MLflow alone.*--trust-diff"):
+            again(recorded)
+        with pytest.raises(Trains):
+            again(recorded, trust_diff=True)
+    finally:
+        recorded.storage.write_json(path, kept)
+
+
+def test_another_file_that_serves_is_found(recorded: Recorded, tmp_path: Path) -> None:
+    version, storage = recorded.version, recorded.storage
+    bundle = version.bundle
+    onnx = storage.read(f"{bundle}/model.onnx")
+    storage.write(f"{bundle}/model.onnx", onnx + b"rot")
+    try:
+        with pytest.raises(StorageError, match=r"model\.onnx is not the file"):
+            again(recorded)
+    finally:
+        storage.write(f"{bundle}/model.onnx", onnx)
+    # One whose digest nobody registered shows by its labels.
+    client = MlflowClient(recorded.settings.mlflow_uri)
+    file = Path(client.download_artifacts(version.run_id, "checkpoint/model.pt", str(tmp_path)))
+    content = torch.load(file, weights_only=True)
+    content["model"]["head.weight"] *= -1
+    (tmp_path / "home").mkdir()
+    torch.save(content, tmp_path / "retrained.pt")
+    manifest = load_manifest(storage, version.data_digest)
+    served = Path(storage.path(f"{bundle}/model.onnx"))
+    found = module._compare_served(storage, manifest, served, tmp_path, version)
+    assert found.images == 300
+    assert found.test_accuracy == version.test_accuracy
+    assert found.differing_labels > 200

@@ -3,14 +3,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from lib import rebuild
 from lib.errors import RefusedError
 from lib.provenance import collect
-from lib.rebuild import checked_out, ensure_venv
+from lib.rebuild import checked_out, ensure_venv, installed
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -110,9 +112,50 @@ def test_a_venv_has_the_pins_and_is_made_once(
     assert Path(prefix).is_relative_to(tmp_path / "cache")
     assert ensure_venv(requirements, python, tmp_path / "cache") == interpreter
     assert capsys.readouterr().out.count("installing") == 1
+    there = installed(interpreter, ["pinned", "absent"])
+    assert there == {"pinned": "1.0", "absent": None, "python": python}
+    with pytest.raises(RefusedError, match="is no version"):
+        ensure_venv(requirements, "/bin/sh", tmp_path / "cache")
 
     requirements.write_text(f"{tmp_path}/absent-1.0-py3-none-any.whl\n")
     with pytest.raises(RefusedError, match="absent"):
         ensure_venv(requirements, python, tmp_path / "cache")
     with pytest.raises(RefusedError, match="absent"):
         ensure_venv(requirements, python, tmp_path / "cache")
+
+
+def test_two_at_once_make_one_venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("pinned==1.0\n")
+    found: list[Path] = []
+    calls: list[str] = []
+
+    def ensure() -> None:
+        found.append(ensure_venv(requirements, "3.11.2", tmp_path / "cache"))
+
+    other = threading.Thread(target=ensure)
+
+    def uv(*arguments: str) -> None:
+        calls.append(arguments[0])
+        if arguments[0] == "venv":
+            Path(arguments[-1]).mkdir()
+            return
+        if len(calls) == 2:
+            other.start()
+            other.join(timeout=0.3)  # It waits for this one.
+        assert Path(arguments[4]).parents[1].exists()
+
+    monkeypatch.setattr(rebuild, "_uv", uv)
+    ensure()
+    other.join(timeout=30)
+
+    assert calls == ["venv", "pip"]
+    assert len(set(found)) == 1
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("commit", ["main", "--batch", "HEAD", "c0ffee"])
+def test_only_a_commit_is_checked_out(project: Path, commit: str) -> None:
+    refused = pytest.raises(RefusedError, match="is no commit")
+    with refused, checked_out(project, commit, None):
+        pass

@@ -61,6 +61,7 @@ def _run(
         info=SimpleNamespace(
             run_id=name,
             experiment_id="1",
+            lifecycle_stage="active",
             status=status,
             start_time=start,
             artifact_uri=f"mlflow-artifacts:/{name}",
@@ -255,7 +256,11 @@ def test_a_version_reads_back_from_its_tags(commit: str | None) -> None:
         "images_per_s": {"torch": {"1": 2.0}},
     }
     found: Any = SimpleNamespace(
-        name="digits", version="3", creation_timestamp=5, tags=Facts(**facts).to_tags()
+        name="digits",
+        version="3",
+        creation_timestamp=5,
+        run_id=facts["trial_run_id"],
+        tags=Facts(**facts).to_tags(),
     )
     version = Version.from_mlflow(found, ("champion",))
     assert version == Version(
