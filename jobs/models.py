@@ -6,7 +6,7 @@
     python -m jobs.models show champion             # all that is known of one; a number does too
     python -m jobs.models diff 3 4
     python -m jobs.models fetch 3 DIR               # mlflow.pyfunc.load_model("DIR") loads it
-    python -m jobs.models delete 3 --dry-run
+    python -m jobs.models delete 3                  # what would go; --yes removes it
     python -m jobs.models gc                        # what nothing refers to; --yes removes it
     python -m jobs.models backup DIR                # --with-data, --with-keys
     python -m jobs.models restore DIR               # into an empty line
@@ -88,7 +88,7 @@ def _fetch(settings: Settings, storage: Storage, asked: argparse.Namespace) -> M
 def _delete(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
     from lib.registry import removal
 
-    return removal.delete(settings, storage, asked.version, dry_run=asked.dry_run)
+    return removal.delete(settings, storage, asked.version, remove=asked.yes)
 
 
 def _gc(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
@@ -152,7 +152,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     diff.add_argument("b", help="a number or an alias")
     for verb in (fetched, saved, restored):
         verb.add_argument("folder", type=Path, metavar="DIR")
-    deleted.add_argument("--dry-run", action="store_true", help="only say what would go")
+    deleted.add_argument("--yes", action="store_true", help="delete it")
     gc.add_argument("--yes", action="store_true", help="remove what was found")
     saved.add_argument("--with-data", action="store_true", help="the images too")
     saved.add_argument(

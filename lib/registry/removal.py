@@ -10,7 +10,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from lib.cli import progress
 from lib.config import Settings
-from lib.errors import RegistryError
+from lib.errors import RefusedError, ServingError
 from lib.registry.leaderboard import parts_in
 from lib.registry.models import (
     CHALLENGER,
@@ -22,20 +22,21 @@ from lib.registry.models import (
     resolve,
 )
 from lib.registry.server import connect, explained
-from lib.serving import policy
+from lib.serving import plan, policy
+from lib.serving.client import ServeClient, live_applications
 from lib.storage import Storage
+from lib.watch import retrain_record, rollout_state
 
 GRACE_S = 3600.0
 """What is younger is left alone: a job may be about to refer to it."""
 
 
-def delete(
-    settings: Settings, storage: Storage, ref: str, *, dry_run: bool = False
-) -> dict[str, Any]:
+def delete(settings: Settings, storage: Storage, ref: str, *, remove: bool) -> dict[str, Any]:
     """Delete a version: its bundle, its files in MLflow, then its entry in the registry.
 
-    The run of its trial stays, with its metrics and its checkpoint: it can be registered again.
-    Interrupted, it can be run again. Raises RegistryError for a version that is up, or that is
+    Without `remove` it is only said what would go. The run of its trial stays, with its metrics and
+    its checkpoint: it can be registered again. Interrupted, it can be run again. Raises
+    RefusedError for a version that is up or coming up, in a rollout or a retrain that goes on, or
     champion or challenger.
     """
     version = resolve(settings, settings.model, ref)
@@ -51,12 +52,24 @@ def delete(
             "run_id": version.run_id,
             "bundle": version.bundle if bundle else None,
             "files": location,
-            "deleted": not dry_run,
+            "deleted": remove,
         }
-        if dry_run:
+        if not remove:
+            progress(
+                "models",
+                f"{version.name} version {version.version} with its files would go; nothing was "
+                "removed: --yes removes them",
+            )
             return result
         # So that an interrupted delete leaves no version that looks whole.
         client.set_model_version_tag(version.name, str(version.version), READY_TAG, "false")
+        try:
+            # Somebody may have begun to deploy it.
+            refuse_if_needed(settings, storage, version)
+        except RefusedError:
+            ready = str(version.ready).lower()
+            client.set_model_version_tag(version.name, str(version.version), READY_TAG, ready)
+            raise
         storage.delete_folder(version.bundle)
         remove_model(client, settings, model_id, location)
         client.delete_model_version(version.name, str(version.version))
@@ -74,7 +87,7 @@ def _location(client: MlflowClient, version: Version) -> str | None:
 
 
 def refuse_if_needed(settings: Settings, storage: Storage, version: Version) -> None:
-    """Raise RegistryError if the policy or an alias counts on a version."""
+    """Raise RefusedError if the policy, Serve, a rollout or an alias counts on a version."""
     served = policy.current(storage)
     traffic = served.models.get(version.name) if served else None
     reasons = [alias for alias in version.aliases if alias in (CHAMPION, CHALLENGER)]
@@ -82,12 +95,36 @@ def refuse_if_needed(settings: Settings, storage: Storage, version: Version) -> 
     if traffic and parts and version.version == traffic.champion and CHAMPION not in reasons:
         reasons.append("champion in the traffic policy")
     reasons += [f"serving ({part})" for part in parts]
+    if not parts and _is_live(settings, version):
+        reasons.append("coming up in Serve (a deploy or promote of it is under way)")
+    rollout = rollout_state.load(storage, version.name)
+    if rollout and rollout.status not in rollout_state.FINAL:
+        part = {rollout.candidate: "candidate", rollout.champion: "champion"}.get(version.version)
+        if part:
+            reasons.append(
+                f"{part} of a rollout that is {rollout.status} (stage {rollout.stage}; "
+                "`python -m jobs.rollout abort` ends it)"
+            )
+    for record in retrain_record.history(storage, version.name):
+        made = record.step("register")
+        is_running = record.state == retrain_record.RUNNING
+        if is_running and made and made.result.get("run_id") == version.run_id:
+            reasons.append(f"candidate of retrain {record.id}, which goes on")
     if reasons:
-        raise RegistryError(
+        raise RefusedError(
             f"version {version.version} of {version.name!r} is {', '.join(reasons)}: it is not "
             "deleted; give its place to another one with `python -m jobs.deploy promote N` or "
             "`weights`, or take the alias away in MLflow"
         )
+
+
+def _is_live(settings: Settings, version: Version) -> bool:
+    try:
+        live = live_applications(ServeClient(settings).details())
+    except ServingError:
+        return False  # Nothing comes up while Serve does not answer.
+    config = live.get(plan.version_application(version.name, version.version))
+    return config is not None and plan.is_ours(settings, config)
 
 
 def remove_model(

@@ -80,6 +80,7 @@ def reopen_sweep(settings: Settings, sweep_run_id: str) -> SweepRun:
     client = connect_quietly(settings)
     with explained(settings, f"looking up sweep {sweep_run_id}"):
         run = client.get_run(sweep_run_id)
+        ensure_experiment(client, client.get_experiment(run.info.experiment_id).name)
         client.update_run(sweep_run_id, status="RUNNING")
     common = {
         name: value

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import LifecycleStage, Run
 from mlflow.exceptions import MlflowException
 
 from lib.config import Settings
 from lib.errors import RegistryError
-from lib.registry.server import connect, explained
+from lib.registry.server import connect, ensure_experiment, explained
 
 CHECKPOINT_PATH = "checkpoint/model.pt"
 _PAGE = 500
@@ -103,6 +103,15 @@ def _sweep_run(client: MlflowClient, sweep_run_id: str) -> Run:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         run = None
+    if run is not None and run.info.lifecycle_stage == LifecycleStage.DELETED:
+        # As all runs of an experiment that was deleted; they come back with it.
+        ensure_experiment(client, client.get_experiment(run.info.experiment_id).name)
+        run = client.get_run(sweep_run_id)
+        if run.info.lifecycle_stage == LifecycleStage.DELETED:
+            raise RegistryError(
+                f"sweep {sweep_run_id} was deleted in MLflow; `mlflow runs restore --run-id "
+                f"{sweep_run_id}` brings it back, and so its trials"
+            )
     if run is None or run.data.tags.get("rayline.kind") != "sweep":
         raise RegistryError(
             f"there is no sweep {sweep_run_id!r} in MLflow; give the sweep_run_id that jobs.tune "

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from lib.cli import progress
 from lib.data.manifest import Preprocess
-from lib.errors import StorageError
+from lib.errors import REFUSED, StorageError
 from lib.storage import Storage
 
 ONNX_FILE = "model.onnx"
@@ -119,8 +119,14 @@ def write_bundle(storage: Storage, card: Card, onnx: bytes, pt2: bytes | None) -
 
 
 def read_card(storage: Storage, path: str) -> Card:
-    """Read a bundle's card; raise StorageError if the bundle was never published."""
-    return Card.from_json(storage.read_json(f"{path}/{CARD_FILE}"))
+    """Read a bundle's card; raise StorageError if it was never published, or is damaged."""
+    content = storage.read_json(f"{path}/{CARD_FILE}")
+    try:
+        return Card.from_json(content)
+    except (KeyError, TypeError) as error:
+        raise StorageError(
+            f"{storage.path(path)}/{CARD_FILE} is damaged ({error!r}); {_PUBLISH_AGAIN}"
+        ) from error
 
 
 def local_model_file(storage: Storage, path: str, file_name: str, sha256: str | None) -> Path:
@@ -148,7 +154,8 @@ def check_model_file(storage: Storage, path: str, file_name: str, sha256: str | 
     if sha256 and (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise StorageError(
             f"{storage.path(path)}/{file_name} is not the file that was published: its SHA-256 is "
-            f"{found}, not {sha256}; {_PUBLISH_AGAIN}"
+            f"{found}, not {sha256}; {_PUBLISH_AGAIN}",
+            exit_code=REFUSED,
         )
     return content
 

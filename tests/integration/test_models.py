@@ -425,9 +425,9 @@ def test_what_serves_is_not_deleted_and_a_delete_that_was_cut_off_goes_on(
 ) -> None:
     version = resolve(shelf.settings, MODEL, "2")
     for number, reason in (("1", "champion, serving (90 %)"), ("4", "serving (10 %)")):
-        _, refused = models("delete", number, code=1)
+        _, refused = models("delete", number, code=3)
         assert reason in refused["message"]
-    _, planned = models("delete", "2", "--dry-run")
+    _, planned = models("delete", "2")
     assert planned["deleted"] is False
     assert shelf.storage.list(version.bundle)
     model_id = logged_model_id(shelf.client.get_model_version(MODEL, "2"))
@@ -437,10 +437,10 @@ def test_what_serves_is_not_deleted_and_a_delete_that_was_cut_off_goes_on(
     with monkeypatch.context() as patch:
         dying(patch, "delete_model_version", 1)
         with pytest.raises(Died):
-            delete(shelf.settings, shelf.storage, "2")
+            delete(shelf.settings, shelf.storage, "2", remove=True)
     assert not resolve(shelf.settings, MODEL, "2").ready
 
-    assert delete(shelf.settings, shelf.storage, "2")["deleted"] is True
+    assert delete(shelf.settings, shelf.storage, "2", remove=True)["deleted"] is True
 
     assert artifact_bytes(shelf.settings, location) == 0
 
@@ -448,7 +448,7 @@ def test_what_serves_is_not_deleted_and_a_delete_that_was_cut_off_goes_on(
     assert shelf.storage.list(version.bundle) == []
     assert shelf.client.get_run(version.run_id).data.metrics["val_accuracy"] == 0.74
     with pytest.raises(RegistryError, match="no version '2'"):
-        delete(shelf.settings, shelf.storage, "2")
+        delete(shelf.settings, shelf.storage, "2", remove=True)
 
 
 def test_garbage_is_listed_first_then_removed_and_nothing_else_is(shelf: Shelf) -> None:
@@ -516,5 +516,5 @@ def test_a_server_that_is_away_is_said_at_once(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    _, said = models("list", code=1)
+    _, said = models("list", code=5)
     assert "make up" in said["message"]

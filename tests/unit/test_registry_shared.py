@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lib.errors import RegistryError
-from lib.registry import claims, publish
+from lib.errors import RefusedError, RegistryError
+from lib.registry import claims, publish, removal
 from lib.registry.claims import claimed
 from lib.registry.garbage import collect
 from lib.registry.models import resolve, survey, versions
 from lib.registry.publish import Publisher
+from lib.registry.removal import delete
 from lib.registry.server import ensure_experiment
-from lib.registry.sweep_runs import start_sweep
+from lib.registry.sweep_runs import reopen_sweep, start_sweep
+from lib.registry.trials import ranked_trials
 from lib.serving.deploy import _champion_and_challenger as traffic_of
-from tests.registries import MODEL, Registry, make_registry
+from lib.watch import retrain_record, rollout_state
+from tests.registries import DIGEST, MODEL, Registry, make_registry
 
 
 @pytest.fixture
@@ -229,6 +233,15 @@ def test_a_deleted_experiment_is_restored_with_a_line_of_output(
     assert sweep.experiment_id == registry.experiment
     assert "had been deleted in MLflow: it is restored" in capsys.readouterr().out
     assert registry.client.get_experiment(registry.experiment).lifecycle_stage == "active"
+    trial = registry.trial()
+    registry.client.delete_experiment(registry.experiment)
+    (found,) = ranked_trials(registry.client, registry.sweep, DIGEST)
+    assert found.run_id == trial.run_id
+    registry.client.delete_experiment(registry.experiment)
+    assert reopen_sweep(registry.settings, registry.sweep).run_id == registry.sweep
+    registry.client.delete_run(registry.sweep)
+    with pytest.raises(RegistryError, match="mlflow runs restore"):
+        ranked_trials(registry.client, registry.sweep, DIGEST)
     assert ensure_experiment(registry.client, "another") == ensure_experiment(
         registry.client, "another"
     )
@@ -243,3 +256,58 @@ def test_leftovers_go_when_they_are_old(registry: Registry) -> None:
     made = registry.register(trial)
     logged = registry.client.search_logged_models([registry.experiment])
     assert [model.model_id for model in logged] == [registry.model_id(made)]
+
+
+def test_a_version_in_a_rollout_or_coming_up_is_not_deleted(registry: Registry) -> None:
+    champion, candidate = registry.add(), registry.add()
+    registry.serve(champion)
+    settings, storage = registry.settings, registry.storage
+    state = rollout_state.State(
+        id="1",
+        model=MODEL,
+        candidate=candidate.version,
+        champion=champion.version,
+        who="me",
+        stages=(rollout_state.REPLAY, rollout_state.SHADOW),
+        min_requests=1,
+        stage_timeout_s=1.0,
+        max_disagreement=0.1,
+        before_weights={},
+        before_shadows={},
+        set_weights={},
+        set_shadows={},
+        evidence_since_us=0,
+        stage=rollout_state.REPLAY,
+    )
+    for status in (
+        rollout_state.RUNNING,
+        rollout_state.PAUSED,
+        rollout_state.WITHDRAWING,
+        rollout_state.HELD,
+        rollout_state.PROMOTING,
+    ):
+        rollout_state.save(storage, replace(state, status=status))
+        with pytest.raises(RefusedError, match=rf"candidate of a rollout that is {status} .*abort"):
+            delete(settings, storage, "2", remove=True)
+    rollout_state.save(storage, replace(state, status=rollout_state.ABORTED))
+
+    record = retrain_record.new(MODEL, "drift", who="me", start_us=0, options={}, now=0.0)
+    made = retrain_record.StepRecord(
+        name="register", started=0.0, result={"version": 2, "run_id": candidate.run_id}
+    )
+    retrain_record.write(storage, record.begun(made))
+    with pytest.raises(RefusedError, match=rf"candidate of retrain {record.id}"):
+        delete(settings, storage, "2", remove=True)
+    retrain_record.write(storage, retrain_record.ended(record.begun(made), retrain_record.DONE))
+
+    registry.patch.setattr(removal, "live_applications", lambda _: {f"{MODEL}-v2": {}})
+    registry.patch.setattr(removal.plan, "is_ours", lambda *_: True)
+    registry.patch.setattr(removal.ServeClient, "details", lambda _: {})
+    with pytest.raises(RefusedError, match="coming up in Serve"):
+        delete(settings, storage, "2", remove=True)
+
+    registry.patch.setattr(removal, "live_applications", lambda _: {})
+    assert delete(settings, storage, "2", remove=False)["deleted"] is False
+    assert [version.version for version in versions(settings)] == [1, 2]
+    assert delete(settings, storage, "2", remove=True)["deleted"] is True
+    assert [version.version for version in versions(settings)] == [1]
