@@ -76,5 +76,31 @@ def test_a_report_of_pip_audit_is_read(audit: Any) -> None:
     assert found.num_unknown == 1
 
 
-def test_a_report_without_any_answer_is_none(audit: Any) -> None:
-    assert audit.read_report(report({"name": "a", "skip_reason": "not found"})) is None
+def test_a_report_without_any_answer_is_refused(audit: Any) -> None:
+    with pytest.raises(audit.LookUpError, match="no advisories"):
+        audit.read_report(report({"name": "a", "skip_reason": "not found"}))
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("echo no route to the index >&2; exit 2", "no route to the index"), ("exit 0", "no report")],
+)
+def test_an_audit_that_looked_nothing_up_fails(
+    audit: Any,
+    script: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    uv = tmp_path / "uv"
+    uv.write_text(f"#!/bin/sh\n{script}\n")
+    uv.chmod(0o755)
+    monkeypatch.setattr(audit.sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(SystemExit) as ended:
+        audit.main()
+    assert ended.value.code == 5
+    assert said in capsys.readouterr().out
+    uv.unlink()
+    with pytest.raises(SystemExit, match="5"):
+        audit.main()
