@@ -22,6 +22,8 @@ SIXTEEN_BIT = "I;16"
 MODE_CHANNELS = {"L": 1, SIXTEEN_BIT: 1, "RGB": 3}
 MODE_NAMES = {"L": "grey", SIXTEEN_BIT: "16-bit grey", "RGB": "colour"}
 ALL_SIXTEEN_BITS = (0, 65535)
+_LOWEST_MAXIMUM = 32
+"""Of 255: a 16-bit colour picture that is darker everywhere does not use the full range."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -83,6 +85,8 @@ def decode(
     """
     with _opened(body) as picture:
         mode = pixel_mode(picture)
+        if mode == "RGB" and picture.format == "PNG" and body[24] == 16:
+            _check_sixteen_bit_colour(picture)
         converted = to_mode(picture, mode, grey_range)
     shape = (converted.height, converted.width, MODE_CHANNELS[mode])
     return np.asarray(converted, dtype=np.uint8).reshape(shape), mode
@@ -113,6 +117,16 @@ def _opened(body: bytes) -> Iterator[Image.Image]:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width}×{picture.height} pixels, over {MAX_PIXELS}")
             yield picture
+
+
+def _check_sixteen_bit_colour(picture: Image.Image) -> None:
+    """Raise ValueError for 12-bit data and the like: Pillow keeps the upper 8 bits of 16 only."""
+    highest = max(int(extremes[1]) for extremes in picture.getextrema()[:3])  # type: ignore[index]
+    if highest < _LOWEST_MAXIMUM:
+        raise ValueError(
+            f"16 bits a channel, of which the values up to {highest * 257} alone are used, would "
+            f"leave {highest + 1} of 256 steps; scale it to 8 bits a channel"
+        )
 
 
 def _is_sixteen_bit(picture: Image.Image) -> bool:

@@ -286,10 +286,9 @@ def _local_entries(root: str) -> Iterator[tuple[str, str]]:
 
 
 def _remote_entries(root: Storage) -> Iterator[tuple[str, str]]:
-    selector = pafs.FileSelector(root.root, allow_not_found=True, recursive=True)
     prefix = len(root.root) + 1
     hidden = set()
-    for info in root.filesystem.get_file_info(selector):
+    for info in root.walk("", recursive=True):
         names = info.path[prefix:].split("/")
         first = next((place for place, name in enumerate(names) if _is_hidden(name)), None)
         if first is not None:

@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from lib.data import sources
 from lib.data.sources import Opened, find_source, list_source, split_of
 from lib.data.staging import Staging
 from lib.errors import DataError
 from lib.storage import Storage
+from tests.object_store import object_store
 
 
 def write(root: Path, paths: Sequence[str]) -> str:
@@ -235,12 +234,12 @@ def test_folders_of_links_are_read(tmp_path: Path) -> None:
     assert rows_of(str(tmp_path / "d")) == {"train": 2}
 
 
-def test_a_place_that_is_not_local_is_listed_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_object_store_is_listed_as_a_folder_is(tmp_path: Path) -> None:
     names = ["a/1.png", "b/more/2.png", ".git/x/y", ".git/z", "a/._1.png", "a/n.txt"]
-    root = Storage(write(tmp_path / "d", names))
-    local = list_source(root)
-    monkeypatch.setattr(sources.Storage, "is_local", False)
-    assert isinstance(root.filesystem, pafs.LocalFileSystem)
-    assert list_source(root) == local
+    local = write(tmp_path / "d", names)
+    with object_store("bucket"):
+        remote = Storage("s3://bucket/d")
+        for name in names:
+            remote.write(name, (tmp_path / "d" / name).read_bytes())
+        assert list_source(remote) == list_source(Storage(local))
+        assert rows_of("s3://bucket/d") == {"train": 2}

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -54,6 +56,33 @@ def test_eight_bits_are_left_as_they_are_whatever_the_range() -> None:
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
     pixels, _ = pictures.decode(_png(Image.fromarray(values)), (0, 4095))
     np.testing.assert_array_equal(pixels[..., 0], values)
+
+
+def _png_of_16_bits(values: np.ndarray, colour_type: int) -> bytes:
+    """A PNG that Pillow can't write: colour, or grey with alpha, of 16 bits a channel."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    height, width = values.shape[:2]
+    head = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    content = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + content
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (6, 4), (4, 2)])
+def test_colour_of_16_bits_is_read_unless_its_contrast_would_be_lost(
+    colour_type: int, channels: int
+) -> None:
+    values = np.full((2, 2, channels), 65535, np.uint16)
+    values[0, 0, : channels - (colour_type != 2)] = 257 * 100
+    pixels, mode = pictures.decode(_png_of_16_bits(values, colour_type))
+    assert (mode, pixels[0, 0].tolist(), pixels[1, 1, 0]) == ("RGB", [100] * 3, 255)
+    values[..., : channels - (colour_type != 2)] = 4095
+    with pytest.raises(pictures.DECODE_ERRORS, match="leave 16 of 256 steps"):
+        pictures.decode(_png_of_16_bits(values, colour_type))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
