@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 # What no job needs; .git and what .gitignore names stay at home without being listed.
 _EXCLUDES = ("/tests/", "/deploy/", "/.ci/", "/.github/")
+# What lies beside the code and is larger is data: no job reads it from its copy of the project.
+_MAX_BESIDE_BYTES = 10 * 2**20
+# Of what is sent; Ray takes 100 MiB, compressed.
+_MAX_SENT_BYTES = 95 * 2**20
 _MAX_RESULT_CHARS = 1_000_000
 # They tell of uploads and sockets, each at a level that it sets by itself.
 _CHATTY_LOGGERS = (
@@ -54,6 +60,8 @@ def submit_job(
     Raises:
         LineError: The cluster does not answer, or refuses the job.
     """
+    excludes = [*_EXCLUDES, *_data_in_project(arguments), *_large_beside_code(PROJECT_ROOT)]
+    _check_size(PROJECT_ROOT)
     recorded = provenance.collect(PROJECT_ROOT)
     progress("submit", provenance.describe(recorded))
     try:
@@ -61,7 +69,7 @@ def submit_job(
             entrypoint=shlex.join(["python", *arguments]),
             runtime_env={
                 "working_dir": str(PROJECT_ROOT),
-                "excludes": [*_EXCLUDES, *_data_in_project(arguments)],
+                "excludes": excludes,
                 "env_vars": {
                     **line.settings_env(),
                     provenance.VARIABLE: recorded.encode(),
@@ -155,5 +163,58 @@ def _data_in_project(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         path = Path(argument)
         if path.is_absolute() and path.is_relative_to(PROJECT_ROOT) and path != PROJECT_ROOT:
-            inside.append(f"/{path.relative_to(PROJECT_ROOT)}")
+            inside.append(_pattern(str(path.relative_to(PROJECT_ROOT))))
     return inside
+
+
+def _pattern(name: str) -> str:
+    """Return the pattern that excludes this file or folder, and nothing else."""
+    return "/" + re.sub(r"([\\\[\]*?!# ])", r"\\\1", name)
+
+
+def _large_beside_code(root: Path) -> list[str]:
+    """Return patterns for what lies beside the code and is too large to be code; say what it is."""
+    patterns = []
+    for path in sorted(root.iterdir()):
+        if f"{path.name}/" in provenance.CODE_FOLDERS or f"/{path.name}/" in _EXCLUDES:
+            continue
+        if _size(path, up_to=_MAX_BESIDE_BYTES) <= _MAX_BESIDE_BYTES:
+            continue
+        patterns.append(_pattern(path.name))
+        if not path.name.startswith("."):
+            limit = _MAX_BESIDE_BYTES >> 20
+            progress("submit", f"{path.name} is not sent along: it is data, over {limit} MiB")
+    return patterns
+
+
+def _check_size(root: Path) -> None:
+    """Raise LineError with the largest files of the code folders if Ray would not take them."""
+    files = {
+        path: path.stat().st_size
+        for folder in provenance.CODE_FOLDERS
+        for path in (root / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    total = sum(files.values())
+    if total <= _MAX_SENT_BYTES:
+        return
+    largest = sorted(files.items(), key=lambda item: item[1], reverse=True)[:3]
+    named = ", ".join(f"{path.relative_to(root)} ({size >> 20} MiB)" for path, size in largest)
+    raise LineError(
+        f"a job gets a copy of {', '.join(provenance.CODE_FOLDERS)}, which hold {total >> 20} MiB; "
+        f"Ray takes {_MAX_SENT_BYTES >> 20}. Move out of them what is not code; the largest: "
+        f"{named}"
+    )
+
+
+def _size(path: Path, *, up_to: int) -> int:
+    """Return the size of a file or folder; of a larger one, some size over the limit."""
+    if path.is_symlink() or not path.is_dir():
+        return path.lstat().st_size
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            total += os.lstat(os.path.join(folder, name)).st_size
+            if total > up_to:
+                return total
+    return total
