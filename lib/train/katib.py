@@ -53,6 +53,8 @@ from lib.train.space import grid_values
 COMMAND, RAYLINE = "command", "rayline"
 TRAINABLES = (COMMAND, RAYLINE)
 _DEFAULT_PARALLEL = 3
+_UNUSED = (("spec", "metricsCollectorSpec"), ("spec", "trialTemplate", "primaryPodLabels"))
+"""Fields that Rayline's own training has no use for, whatever they ask for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +84,7 @@ def load_experiment(path: str, trainable: str = COMMAND) -> KatibSearch:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the experiment file {path} can't be read: {error}") from error
     name = Path(path).name
-    file = read_file(text, name)
+    file = read_file(text, name, _UNUSED if trainable == RAYLINE else ())
     try:
         return _for_rayline(file) if trainable == RAYLINE else _for_command(file)
     except ConfigError as error:
@@ -115,6 +117,15 @@ def _for_command(file: KatibExperiment) -> KatibSearch:
             f"hyperband: every trial starts with {resource}={settings['r_l']} and is stopped where "
             "it falls behind (asynchronous successive halving); none is run again for longer"
         )
+    texts = {each.name: tuple(each.feasible_space.values) for each in spec.parameters}
+    experiment = replace(
+        experiment,
+        # A command gets the text of the file, as in Katib: 0.10, 010 or 1e-2.
+        parameters=tuple(
+            replace(each, values=texts[each.name]) if each.kind == DISCRETE else each
+            for each in experiment.parameters
+        ),
+    )
     template, resources, template_notes = command_template(file, strategies, constants)
     settles = strategies[spec.objective.objective_metric_name] == _best(spec.objective)
     return KatibSearch(
@@ -127,18 +138,23 @@ def _for_command(file: KatibExperiment) -> KatibSearch:
         ),
         template=template,
         resources=resources,
-        notes=(*notes, *template_notes),
+        notes=(*katib_algorithms.notes(spec.algorithm), *notes, *template_notes),
     )
 
 
 def _for_rayline(file: KatibExperiment) -> KatibSearch:
     spec, objective = file.spec, file.spec.objective
     experiment = _experiment(file)
-    _check_best_epoch(objective)
     rungs: tuple[int, ...] = ()
     notes = [
-        "trials train Rayline's own nets; the template's command and metrics collector are not used"
+        "trials train Rayline's own nets; the template's command and metrics collector are not "
+        "used",
+        *katib_algorithms.notes(spec.algorithm),
+        *_check_best_epoch(objective),
     ]
+    if "'resources': " in str(spec.trial_template.trial_spec):
+        notes.append("the template's resources are not used: a trial takes its share of what the "
+                     "cluster has free")  # fmt: skip
     placeholders = {each.reference: each.name for each in spec.trial_template.trial_parameters}
     if experiment.algorithm.name == HYPERBAND:
         resource = experiment.algorithm.settings["resource_name"]
@@ -175,20 +191,24 @@ def _for_rayline(file: KatibExperiment) -> KatibSearch:
     )
 
 
-def _check_best_epoch(objective: ObjectiveSpec) -> None:
-    """Refuse strategies under which another epoch than the best one would count."""
-    best = _best(objective)
+def _check_best_epoch(objective: ObjectiveSpec) -> list[str]:
+    """Refuse a strategy under which another epoch than the best one would count.
+
+    Returns notes on strategies of other metrics.
+    """
+    best, notes = _best(objective), []
     for strategy in objective.metric_strategies:
         if strategy.name != objective.objective_metric_name:
-            raise ConfigError(
-                f"spec.objective.metricStrategies: {strategy.value} of {strategy.name}: of metrics "
-                "that are not searched by, Rayline records every epoch; take it out"
+            notes.append(
+                f"{strategy.value} of {strategy.name} is not used: of metrics that are not "
+                "searched by, every epoch is recorded"
             )
-        if strategy.value != best:
+        elif strategy.value != best:
             raise ConfigError(
                 f"spec.objective.metricStrategies: {strategy.value} of {strategy.name}: Rayline "
                 f"keeps the model of a trial's best epoch; write {best}"
             )
+    return notes
 
 
 def _experiment(file: KatibExperiment) -> Experiment:

@@ -77,7 +77,15 @@ def _only(*allowed: str) -> Callable[[str], None]:
 
 
 _SEED = {"random_state": _whole}
-_TPE = {**_SEED, "n_startup_trials": _whole, "n_ei_candidates": _positive}
+_HYPEROPTS = ("gamma", "prior_weight")
+"""Settings of tpe as stock Katib runs it, on hyperopt; Optuna's sampler has none such."""
+_TPE = {
+    **_SEED,
+    "n_startup_trials": _whole,
+    "n_ei_candidates": _positive,
+    "n_EI_candidates": _positive,
+    **dict.fromkeys(_HYPEROPTS, _spread),
+}
 _ALGORITHMS: Mapping[str, Mapping[str, Callable[[str], Any]]] = {
     "random": _SEED,
     "grid": _SEED,
@@ -119,11 +127,25 @@ def algorithm(spec: AlgorithmSpec, *, num_numeric: int) -> Named:
             "not offered; give widths and depths as `parameters` to another algorithm"
         )
     named = _named(spec, _ALGORITHMS, where)
+    if spec.algorithm_name.endswith("tpe"):
+        settings = {name: v for name, v in named.settings.items() if name not in _HYPEROPTS}
+        if candidates := settings.pop("n_EI_candidates", None):
+            settings["n_ei_candidates"] = candidates
+        named = Named(name=named.name, settings=settings)
     if named.name == "cmaes" and num_numeric < 2:
         raise ConfigError(f"{where}: cmaes needs two or more parameters of type double or int")
     if named.name == HYPERBAND and (missing := {"r_l", "resource_name"} - set(named.settings)):
         raise ConfigError(f"{where}: hyperband needs the settings {', '.join(sorted(missing))}")
     return named
+
+
+def notes(spec: AlgorithmSpec) -> tuple[str, ...]:
+    """Return what works in another way than under Katib, for people."""
+    given = [each.name for each in spec.algorithm_settings if each.name in _HYPEROPTS]
+    if not given:
+        return ()
+    return (f"{spec.algorithm_name}: {' and '.join(given)} are hyperopt's and change nothing: "
+            "Optuna's sampler draws the trials",)  # fmt: skip
 
 
 def early_stopping(spec: AlgorithmSpec | None) -> Named | None:

@@ -6,11 +6,11 @@ Whatever is not written down here is refused by name: nothing of a file is ignor
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
 from lib.errors import ConfigError
@@ -177,6 +177,15 @@ class Spec(FileModel):
 class Metadata(FileModel):
     """Names and marks."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, content: Any) -> Any:
+        """Take the start of a generated name for the name: no two experiments meet here."""
+        if isinstance(content, dict) and "name" not in content and "generateName" in content:
+            content = {**content, "name": str(content["generateName"]).rstrip("-")}
+            del content["generateName"]
+        return content
+
     name: Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
     namespace: str = "default"
     labels: dict[str, str] = {}
@@ -245,6 +254,8 @@ class JobSpec(FileModel):
 
     template: PodTemplate
     backoff_limit: Literal[0] = 0
+    ttl_seconds_after_finished: int | None = None
+    """Of the job's pods, of which there are none."""
 
 
 class Job(FileModel):
@@ -261,7 +272,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    # Merged keys (`<<`) give way to the mapping's own.
+    own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+    keys = [loader.construct_object(key, deep=True) for key in own]
     if twice := {str(key) for key in keys if keys.count(key) > 1}:
         raise yaml.constructor.ConstructorError(
             None, None, f"{', '.join(sorted(twice))} is given twice", node.start_mark
@@ -277,8 +290,11 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_file(text: str, name: str) -> KatibExperiment:
-    """Return the experiment of a YAML text; raise ConfigError naming what is at fault."""
+def read_file(text: str, name: str, unused: Sequence[Sequence[str]] = ()) -> KatibExperiment:
+    """Return the experiment of a YAML text; raise ConfigError naming what is at fault.
+
+    `unused` are paths of fields that nothing will be made of, so they are not looked at.
+    """
     try:
         documents = [document for document in yaml.load_all(text, _Loader) if document is not None]
     except yaml.YAMLError as error:
@@ -287,7 +303,21 @@ def read_file(text: str, name: str) -> KatibExperiment:
         raise ConfigError(
             f"{name} holds {len(documents)} YAML documents; give one file an Experiment"
         )
-    return parse(KatibExperiment, documents[0], name)
+    content = _without_nulls(documents[0])
+    for *parents, field in unused:
+        part = content
+        for step in parents:
+            part = part.get(step) if isinstance(part, dict) else None
+        if isinstance(part, dict):
+            part.pop(field, None)
+    return parse(KatibExperiment, content, name)
+
+
+def _without_nulls(content: Any) -> Any:
+    """Return the content without fields of null, which to Kubernetes are not there."""
+    if isinstance(content, dict):
+        return {key: _without_nulls(value) for key, value in content.items() if value is not None}
+    return [_without_nulls(each) for each in content] if isinstance(content, list) else content
 
 
 def parse(model: type[_Model], content: Any, name: str, prefix: str = "") -> _Model:

@@ -18,7 +18,7 @@ _CONDITIONS = {
 }
 _META = re.compile(r"\$\{trialSpec\.(.+?)\}")
 _INDEXED = re.compile(r"(Labels|Annotations)\[(.+)\]")
-_METRIC_NAME = re.compile(r"[\w.\- /]+")
+_METRIC_NAME = re.compile(r"[\w.\-: /]+")
 _OWN_METRICS = frozenset(
     ("epoch", "done", "config", "trial_id", "training_iteration", "timestamp", "pid", "date",
      "hostname", "node_ip", "rung_count", "at_rung", "time_total_s", "time_this_iter_s")
@@ -75,7 +75,11 @@ def command_template(
             "every trial gets a file of its own"
         )
     image = f"the image {container.image} is not pulled; " if container.image else ""
-    return template, resources, (f"{image}commands run here, with this environment's python",)
+    notes = [f"{image}commands run here, with this environment's python"]
+    if file.spec.metrics_collector_spec.collector.kind == "Push":
+        notes.append("Push: metrics are read from the output, for there is no database to push "
+                     "them to; print `name=value`")  # fmt: skip
+    return template, resources, tuple(notes)
 
 
 def _job(file: KatibExperiment) -> Job:
@@ -112,6 +116,9 @@ def _collector(spec: Any, strategies: Mapping[str, Strategy]) -> CollectorConfig
         if name in _OWN_METRICS or not _METRIC_NAME.fullmatch(name):
             raise ConfigError(f"spec.objective: a metric can't be called {name!r} here: the name "
                               "is taken, or no name that MLflow takes")  # fmt: skip
+    if kind == "Push":
+        # The program's text tells the metrics; there is no database that it could push them to.
+        kind = "StdOut"
     if kind not in ("StdOut", "File"):
         raise ConfigError(
             f"{where}.collector.kind: {kind} is refused: metrics are read from the output or from "

@@ -41,6 +41,7 @@ class OneAfterTheOther:
         while not limits.stop_all():
             report.on_step_begin(0, [])
             trial = SimpleNamespace(trial_id=f"t{next(_IDS)}", last_result=None, error_file=None)
+            trial.run_metadata = SimpleNamespace(num_failures=0)
             trial.config = self._config.search_alg.searcher.suggest(trial.trial_id)
             report.on_step_end(0, [])
             if not isinstance(trial.config, dict):
