@@ -171,10 +171,6 @@ class Preset:
     """Convolutions per stage."""
     growths: tuple[int, ...] = (4,)
     """Channels of the widest stage, as a multiple of the first one's."""
-    learning_rates: tuple[float, float] = (0.03, 0.3)
-    """Lowest and highest peak of the learning rate, searched on a logarithmic scale."""
-    augmentations: tuple[float, float] = (0.0, 1.0)
-    """Lowest and highest strength of augmentation, searched in steps of a quarter."""
     first_guesses: tuple[Mapping[str, float], ...] = ()
     """What is tried first, one trial each: where it differs from the usual first guess."""
     min_epoch_steps: int = 0

@@ -85,8 +85,8 @@ def search_space(preset: Preset) -> tuple[Parameter, ...]:
         Parameter(
             name="learning_rate",
             kind=DOUBLE,
-            low=preset.learning_rates[0],
-            high=preset.learning_rates[1],
+            low=0.03,
+            high=0.3,
             distribution=LOG_UNIFORM,
         ),
         Parameter(name="weight_decay", kind=DOUBLE, low=1e-4, high=2e-3, distribution=LOG_UNIFORM),
@@ -94,8 +94,8 @@ def search_space(preset: Preset) -> tuple[Parameter, ...]:
         Parameter(
             name="augmentation",
             kind=DOUBLE,
-            low=preset.augmentations[0],
-            high=preset.augmentations[1],
+            low=0.0,
+            high=1.0,
             step=0.25,
         ),
     )

@@ -47,12 +47,8 @@ SETTINGS: dict[str, dict[str, _Setting]] = {
     "random": {},
     "grid": {},
     "sobol": {},
-    "tpe": {
-        **_STARTUP,
-        "n_ei_candidates": ("n_ei_candidates", int),
-        "n_EI_candidates": ("n_ei_candidates", int),
-    },
-    "cmaes": {**_STARTUP, "sigma": ("sigma0", float), "popsize": ("popsize", int)},
+    "tpe": {**_STARTUP, "n_ei_candidates": ("n_ei_candidates", int)},
+    "cmaes": {**_STARTUP, "sigma": ("sigma0", float)},
     "gp": {**_STARTUP, "n_initial_points": ("n_startup_trials", int)},
 }
 """Sampler → its settings, as Katib or Optuna call them → Optuna's argument and its type.

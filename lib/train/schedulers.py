@@ -43,19 +43,17 @@ _ETA: dict[str, _Setting] = {
     "reduction_factor": ("reduction_factor", int),
     "eta": ("reduction_factor", int),
 }
-_LIMIT: dict[str, _Setting] = {"max_t": ("max_t", int), "r_l": ("max_t", lambda v: int(float(v)))}
+_LIMIT: dict[str, _Setting] = {"r_l": ("max_t", lambda v: int(float(v)))}
 SETTINGS: dict[str, dict[str, _Setting]] = {
     "none": {},
-    "asha": {**_ETA, **_LIMIT, "grace_period": ("grace_period", int)},
+    "asha": {**_ETA, **_LIMIT},
     "hyperband": {**_ETA, **_LIMIT},
     "medianstopping": {
         "min_trials_required": ("min_samples_required", int),
         "min_samples_required": ("min_samples_required", int),
         "start_step": ("grace_period", int),
-        "grace_period": ("grace_period", int),
     },
     "pbt": {
-        "perturbation_interval": ("perturbation_interval", int),
         "truncation_threshold": ("quantile_fraction", float),
         "quantile_fraction": ("quantile_fraction", float),
         "resample_probability": ("resample_probability", float),
@@ -259,9 +257,6 @@ def build_scheduler(
     inner: TrialScheduler
     if named.name in ("asha", "hyperband"):
         if num_rungs:
-            if own := {"max_t", "grace_period"} & set(arguments):
-                raise ConfigError(f"{named.name}: {', '.join(sorted(own))} follow from the rungs "
-                                  "of these trials; leave them out")  # fmt: skip
             arguments["max_t"] = _factor(named) ** (num_rungs - 1)
         kind: Any = ASHAScheduler if named.name == "asha" else HyperBandScheduler
         inner = kind(**common, **{"reduction_factor": REDUCTION_FACTOR, **arguments})
@@ -281,7 +276,8 @@ def build_scheduler(
         np.random.seed(experiment.seed % 2**32)
         inner = PopulationBasedTraining(
             **common,
-            **{"perturbation_interval": 1, **arguments},
+            perturbation_interval=1,
+            **arguments,
             hyperparam_mutations=_mutations(free),
             custom_explore_fn=_clamp(free),
             log_config=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -167,12 +167,16 @@ def command_work(
 def work_of(storage: Storage, experiment: Experiment, kind: str, spec: Mapping[str, Any]) -> Work:
     """Return the work of a sweep that is resumed."""
     if kind == IMAGES:
-        fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in spec["preset"].items()
+        # A preset may have had fields that it has no more.
+        known = {field.name for field in fields(Preset)}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in spec["preset"].items()
+            if name in known
         }
         manifest = load_manifest(storage, spec["data_digest"])
         return image_work(
-            storage, manifest, Preset(**fields), experiment, spec.get("settings") or {}
+            storage, manifest, Preset(**values), experiment, spec.get("settings") or {}
         )
     if kind == COMMAND:
         template = CommandTemplate.from_dict(spec["template"])

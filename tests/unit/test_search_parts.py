@@ -151,7 +151,7 @@ def test_a_grid_needs_steps() -> None:
 @pytest.mark.parametrize(
     ("algorithm", "settings"),
     [
-        ("tpe", {"n_EI_candidates": "12", "random_state": "7"}),
+        ("tpe", {"n_ei_candidates": "12", "random_state": "7"}),
         ("multivariate-tpe", {"n_startup_trials": "4"}),
         ("bayesianoptimization", {"n_initial_points": "4"}),
         ("cmaes", {"sigma": "0.2"}),
@@ -263,7 +263,6 @@ def test_rungs_are_those_of_the_scheduler() -> None:
     [
         (Named("lucky"), "unknown scheduler 'lucky'"),
         (Named("asha", {"brackets": 2}), "asha has no setting 'brackets'"),
-        (Named("asha", {"max_t": 2}), "max_t follow from the rungs"),
         (Named("pbt"), "tpe would learn wrong things; choose random/pbt"),
     ],
 )
