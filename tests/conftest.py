@@ -31,6 +31,18 @@ with open(os.environ["RAY_AUTH_TOKEN_PATH"], "w") as token:
     token.write(os.urandom(32).hex())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give workers whole files, since these share servers; and all tests of the one line together.
+
+    What takes longest comes first, so that workers end at the same time.
+    """
+    for item in items:
+        on_line = "line" in getattr(item, "fixturenames", ()) and "e2e" in item.path.parts
+        item.add_marker(pytest.mark.xdist_group("line" if on_line else str(item.path)))
+    slowest_first = ("e2e", "cluster", "integration")
+    items.sort(key=lambda item: [folder not in item.path.parts for folder in slowest_first])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name the packages that tests were skipped for, in one line."""
     reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
