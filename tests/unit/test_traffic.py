@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.errors import ServingError
+from lib.errors import ServingError, StorageError
 from lib.serving import policy
 from lib.serving.traffic import ModelTraffic, choose
 from lib.storage import Storage
@@ -138,7 +138,7 @@ def test_a_link_that_fails_leaves_nothing_behind(
 
     storage = Storage(str(tmp_path))
     monkeypatch.setattr(os, "link", fail)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(StorageError, match="Input/output"):
         storage.create_json("traffic/00000001.json", {})
     assert list((tmp_path / "traffic").iterdir()) == []
 

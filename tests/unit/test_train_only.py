@@ -31,6 +31,7 @@ def deploys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return {"weights": {"4": 100.0}}
 
     monkeypatch.setattr(pipeline, "ingest_source", lambda *_: ingested)
+    monkeypatch.setattr(pipeline, "check_model", lambda *_: None)
     monkeypatch.setattr(pipeline, "tune_once", lambda *_: sweep)
     monkeypatch.setattr(pipeline, "register", lambda *_: [version])
     monkeypatch.setattr(pipeline, "resolve", lambda *_: version)
