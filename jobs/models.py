@@ -1,7 +1,8 @@
 """Every model, findable and returnable.
 
-    python -m jobs.models best                      # by validation; --split test, --data DIGEST
-    python -m jobs.models best --rank 3 --fetch DIR # the third best, and its files
+    python -m jobs.models best                      # of all finished trials on one data set
+    python -m jobs.models best --rank 3 --fetch DIR # the third best, registered if need be
+    python -m jobs.models best --sweep RUN_ID       # of one sweep; --data DIGEST, --split test
     python -m jobs.models list --trials             # the leaderboard; --trials: not only versions
     python -m jobs.models show champion             # all that is known of one; a number does too
     python -m jobs.models diff 3 4
@@ -25,6 +26,7 @@ from lib import cli
 
 if TYPE_CHECKING:
     from lib.config import Settings
+    from lib.registry.leaderboard import Board
     from lib.storage import Storage
 
 
@@ -45,11 +47,38 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _best(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
     from lib.registry import fetch, leaderboard, views
 
-    board = leaderboard.leaderboard(settings, storage, split=asked.split, data=asked.data)
+    if asked.fetch:
+        fetch.empty_folder(asked.fetch)
+    board = _ranking(settings, storage, asked)
     entry = leaderboard.best(board, asked.rank)
+    if asked.fetch and not (entry.version and entry.ready):
+        from lib.registry.registration import register_ranked  # It imports torch.
+
+        version = register_ranked(settings, storage, board, entry)
+        board = _ranking(settings, storage, asked)
+        entry = next(found for found in board.entries if found.version == version.version)
     got = fetch.fetch(settings, str(entry.version), asked.fetch) if asked.fetch else None
-    views.print_best(entry, asked.split, got["folder"] if got else None)
-    return {**entry.to_json(), "fetched": got}
+    views.print_best(entry, board, got["folder"] if got else None)
+    return {
+        **entry.to_json(),
+        "metric": board.metric,
+        "trials": len(board.entries),
+        "fetched": got,
+    }
+
+
+def _ranking(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Board:
+    from lib.registry.leaderboard import leaderboard
+
+    return leaderboard(
+        settings,
+        storage,
+        split=asked.split,
+        data=asked.data,
+        sweep=asked.sweep,
+        with_trials=asked.split == "val",
+        comparable=True,
+    )
 
 
 def _list(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
@@ -143,7 +172,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         for verb in _VERBS
     )
     best.add_argument("--rank", type=int, default=1, help="1 is the best")
-    best.add_argument("--fetch", type=Path, metavar="DIR", help="copy its files there")
+    best.add_argument("--sweep", metavar="RUN_ID", help="of the trials of one sweep alone")
+    best.add_argument(
+        "--fetch", type=Path, metavar="DIR", help="register it if need be, copy its files there"
+    )
     listed.add_argument("--trials", action="store_true", help="trials that are no versions too")
     listed.add_argument("--top", type=int, default=30, help="how many rows")
     for verb in (show, fetched, deleted):

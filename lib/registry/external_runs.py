@@ -16,7 +16,7 @@ from lib.errors import RefusedError
 from lib.registry.external import External, Understood
 from lib.registry.publish import REFUSED_TAG
 from lib.registry.server import ensure_experiment
-from lib.registry.trials import Trial
+from lib.registry.trials import ACCURACY, Trial
 
 _KIND = "external"
 _TAG_LETTERS = 5000
@@ -61,11 +61,14 @@ def as_trial(run: Run, understood: Understood) -> Trial:
         run_id=run.info.run_id,
         sweep_run_id="",
         experiment_id=run.info.experiment_id,
-        val_accuracy=understood.val_accuracy,
+        data_digest=run.data.tags["rayline.data_digest"],
+        objective=ACCURACY,
+        metrics={"val_accuracy": understood.val_accuracy},
         checkpoint_uri="",
         git_commit=None,
         git_dirty=False,
         owner=owner_of(run),
+        created_ms=run.info.start_time,
     )
 
 

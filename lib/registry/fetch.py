@@ -19,9 +19,7 @@ def fetch(settings: Settings, ref: str, folder: Path) -> dict[str, Any]:
     `mlflow.pyfunc.load_model(folder)` then loads it without this project. Raises RegistryError if
     the folder holds anything.
     """
-    folder = folder.expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RegistryError(f"{folder} is not empty: nothing is overwritten; name a new folder")
+    folder = empty_folder(folder)
     version = resolve(settings, settings.model, ref)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".rayline-fetch-", dir=folder.parent) as place:
@@ -42,3 +40,11 @@ def fetch(settings: Settings, ref: str, folder: Path) -> dict[str, Any]:
         "load": f"mlflow.pyfunc.load_model({str(folder)!r})",
         "onnx": str(folder / ONNX_FILE) if (folder / ONNX_FILE).exists() else None,
     }
+
+
+def empty_folder(folder: Path) -> Path:
+    """Return the absolute path of a folder that is not there or empty; else RegistryError."""
+    folder = folder.expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RegistryError(f"{folder} is not empty: nothing is overwritten; name a new folder")
+    return folder

@@ -1,9 +1,10 @@
-"""Which version was best, and the third best: versions and trials, ranked by one split."""
+"""Which model was best, and the third best: versions and finished trials in one ranking."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lib.config import Settings
@@ -13,10 +14,16 @@ from lib.registry import gaps
 from lib.registry.gaps import Verdict
 from lib.registry.models import CHAMPION, Foreign, Version, survey, way_back
 from lib.registry.server import connect, explained
-from lib.registry.trials import finished_runs
+from lib.registry.trials import (
+    ACCURACY,
+    Trial,
+    finished_trials,
+    ranked_trials,
+)
 from lib.serving import policy
 from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
+from lib.train.experiment import MAXIMIZE, Objective
 
 SPLITS = ("val", "test")
 
@@ -29,7 +36,10 @@ class Entry:
     run_id: str
     aliases: tuple[str, ...] = ()
     ready: bool = True
-    val_accuracy: float
+    score: float | None = None
+    """What ranks it. On validation it is the trial's own, whether a version was made of it or not:
+    the rank of a trial does not change when it is registered."""
+    val_accuracy: float | None
     """Of a version the exported model's, of a trial what the search measured."""
     test_accuracy: float | None = None
     """None for a trial: test is opened at registration."""
@@ -44,11 +54,9 @@ class Entry:
     images_per_s: float | None = None
     """By the serving runtime at the largest batch measured."""
     created_ms: int
+    trained_ms: int = 0
+    """When its trial began: the earlier one wins a tie."""
     rank: int = 0
-
-    def accuracy(self, split: str) -> float | None:
-        """Return the accuracy on a split."""
-        return self.val_accuracy if split == "val" else self.test_accuracy
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON types."""
@@ -61,17 +69,27 @@ class Board:
 
     model: str
     split: str
+    objective: Objective = ACCURACY
+    """What ranks on validation: the objective of the newest sweep on the board."""
     entries: tuple[Entry, ...]
-    """Best first."""
+    """Best first; those without a score last, with rank 0."""
+    trials: Mapping[str, Trial] = field(default_factory=dict)
+    """By run: what a version can be made of."""
     foreign: tuple[Foreign, ...]
     notes: tuple[str, ...]
     """What a reader should know beside the numbers, such as a champion whose gap did not hold."""
+
+    @property
+    def metric(self) -> str:
+        """The metric that ranks."""
+        return self.objective.metric if self.split == "val" else "test_accuracy"
 
     def to_json(self, top: int) -> dict[str, Any]:
         """Return the best rows as JSON types."""
         return {
             "model": self.model,
             "split": self.split,
+            "metric": self.metric,
             "entries": [entry.to_json() for entry in self.entries[:top]],
             "total": len(self.entries),
             "foreign": [asdict(other) for other in self.foreign],
@@ -85,16 +103,23 @@ def leaderboard(
     *,
     split: str = "val",
     data: str | None = None,
+    sweep: str | None = None,
     with_trials: bool = False,
+    comparable: bool = False,
 ) -> Board:
-    """Rank a model's versions, and its other finished trials if asked to, by accuracy on a split.
+    """Rank a model's versions, and its other finished trials if asked to.
+
+    On validation they are ranked by the objective of their newest sweep, on test by accuracy.
 
     Args:
         settings: Names the model and the server.
         storage: Holds manifests and the traffic policy.
         split: `val` or `test`.
         data: Digest of a data set, or the start of one; all by default.
+        sweep: Run of a sweep: its trials alone.
         with_trials: Whether to rank trials that no registration took.
+        comparable: Whether to rank on one data set: without `data` the champion's, else that of
+            the newest version or trial.
     """
     if with_trials and split == "test":
         raise RegistryError(
@@ -102,58 +127,93 @@ def leaderboard(
             "--split val, or leave --trials out"
         )
     known, foreign = survey(settings)
-    trials = _trials(settings, known) if with_trials else []
-    digest = _whole_digest(data, [v.data_digest for v in known] + [t.data_digest for t in trials])
+    client = connect(settings)
+    with explained(settings, "listing trials"):
+        trials = ranked_trials(client, sweep) if sweep else finished_trials(client, settings.model)
+    by_run = {trial.run_id: trial for trial in trials}
+    taken = {version.trial_run_id for version in known}
+    if sweep:
+        known = [version for version in known if version.trial_run_id in by_run]
+    loose = [t for t in trials if t.run_id not in taken] if with_trials else []
     verdicts = judged(storage, known)
     served = policy.current(storage)
     traffic = served.models.get(settings.model) if served else None
     entries = [version_entry(version, verdicts.get(version.version), traffic) for version in known]
-    chosen = [entry for entry in entries + trials if digest in (None, entry.data_digest)]
+    entries += [_trial_entry(trial) for trial in loose]
+    digest = _whole_digest(data, [entry.data_digest for entry in entries])
+    if comparable and digest is None:
+        digest = standing_digest(entries)
+    chosen = [entry for entry in entries if digest in (None, entry.data_digest)]
+    runs = {entry.run_id for entry in chosen}
+    measured = sorted((t for t in trials if t.run_id in runs), key=lambda t: t.created_ms)
+    objective = measured[-1].objective if measured else ACCURACY
+    scored = [_scored(entry, by_run.get(entry.run_id), split, objective) for entry in chosen]
     return Board(
         model=settings.model,
         split=split,
-        entries=ranked(chosen, split),
+        objective=objective,
+        entries=ranked(scored, objective.goal if split == "val" else MAXIMIZE),
+        trials=by_run,
         foreign=tuple(foreign),
-        notes=tuple(_notes(settings, storage, known, verdicts, traffic, chosen)),
+        notes=tuple(_notes(settings, storage, known, verdicts, traffic, scored)),
     )
 
 
 def best(board: Board, rank: int) -> Entry:
-    """Return the version of a rank among those measured on one data set and ready to serve.
-
-    With several data sets on the board it is the champion's, else the newest version's.
-    """
-    ready = [entry for entry in board.entries if entry.version is not None and entry.ready]
-    digest = standing_digest(ready)
-    comparable = [entry for entry in ready if entry.data_digest == digest]
-    if not 1 <= rank <= len(comparable):
+    """Return the entry of a rank."""
+    found = next((entry for entry in board.entries if entry.rank == rank), None)
+    if found is None or rank < 1:
+        number = sum(entry.rank > 0 for entry in board.entries)
+        kind = "finished trials" if board.split == "val" else "versions"
         raise RegistryError(
-            f"{board.model} has {len(comparable)} versions to rank on one data set, so none of "
-            f"rank {rank}; `python -m jobs.models list` shows all, jobs.register makes more"
+            f"{board.model} has {number} {kind} with {board.metric} on this data set, so none of "
+            f"rank {rank}; `python -m jobs.models list --trials` shows all, jobs.tune makes more"
         )
-    return replace(comparable[rank - 1], rank=rank)
+    return found
 
 
 def standing_digest(entries: Sequence[Entry]) -> str | None:
-    """Return the data set that versions are compared on: the champion's, else the newest's."""
+    """Return the data set to compare on: the champion's, else the newest version's or trial's."""
     champions = [entry for entry in entries if CHAMPION in entry.aliases]
-    newest = sorted(entries, key=lambda entry: entry.version or 0)[-1:]
+    newest = sorted(entries, key=lambda e: (e.version or 0, e.created_ms, e.run_id))[-1:]
     return next((entry.data_digest for entry in champions + newest), None)
 
 
-def ranked(entries: Iterable[Entry], split: str) -> tuple[Entry, ...]:
-    """Return entries best first; equal ones in the order in which they were made."""
-    measured = [(entry.accuracy(split), entry) for entry in entries]
+def ranked(entries: Iterable[Entry], goal: str = MAXIMIZE) -> tuple[Entry, ...]:
+    """Return entries best first, then those without a score.
+
+    Equal ones are in the order in which they were trained, whether they are versions or not.
+    """
+    sign = -1 if goal == MAXIMIZE else 1
     ordered = sorted(
-        ((accuracy, entry) for accuracy, entry in measured if accuracy is not None),
-        key=lambda pair: (
-            -pair[0],
-            pair[1].version is None,
-            pair[1].version or pair[1].created_ms,
-            pair[1].run_id,
+        entries,
+        key=lambda e: (
+            e.score is None,
+            sign * (e.score or 0.0),
+            e.trained_ms,
+            e.run_id,
         ),
     )
-    return tuple(replace(entry, rank=rank) for rank, (_, entry) in enumerate(ordered, start=1))
+    return tuple(
+        replace(entry, rank=0 if entry.score is None else rank)
+        for rank, entry in enumerate(ordered, start=1)
+    )
+
+
+def _scored(entry: Entry, trial: Trial | None, split: str, objective: Objective) -> Entry:
+    value: float | None
+    if split == "test":
+        value = entry.test_accuracy
+    elif trial is not None:
+        value = trial.metrics.get(objective.metric)
+    else:
+        # A model from elsewhere, or one whose run is gone.
+        value = entry.val_accuracy if objective.metric == ACCURACY.metric else None
+    return replace(
+        entry,
+        score=value if value is not None and math.isfinite(value) else None,
+        trained_ms=trial.created_ms if trial else entry.created_ms,
+    )
 
 
 def judged(storage: Storage, known: Sequence[Version]) -> dict[int, Verdict]:
@@ -209,24 +269,16 @@ def parts_in(traffic: ModelTraffic | None, version: int, bundle: str) -> list[st
     return parts or ["up"]
 
 
-def _trials(settings: Settings, known: Sequence[Version]) -> list[Entry]:
-    client = connect(settings)
-    taken = {version.trial_run_id for version in known}
-    with explained(settings, "listing trials"):
-        runs = finished_runs(client, settings.model)
-    return [
-        Entry(
-            version=None,
-            run_id=run.info.run_id,
-            val_accuracy=run.data.metrics["val_accuracy"],
-            data_digest=run.data.tags.get("rayline.data_digest", ""),
-            git_commit=run.data.tags.get("rayline.git_commit"),
-            git_dirty=run.data.tags.get("rayline.git_dirty") == "true",
-            created_ms=run.info.start_time,
-        )
-        for run in runs
-        if run.info.run_id not in taken
-    ]
+def _trial_entry(trial: Trial) -> Entry:
+    return Entry(
+        version=None,
+        run_id=trial.run_id,
+        val_accuracy=trial.metrics.get(ACCURACY.metric),
+        data_digest=trial.data_digest,
+        git_commit=trial.git_commit,
+        git_dirty=trial.git_dirty,
+        created_ms=trial.created_ms,
+    )
 
 
 def _whole_digest(data: str | None, known: Sequence[str]) -> str | None:
@@ -254,6 +306,8 @@ def _notes(
             f"measured on {num_sets} data sets: accuracies compare within one; "
             "--data DIGEST shows one alone"
         )
+    if num_unranked := sum(entry.score is None for entry in chosen):
+        yield f"{num_unranked} not ranked: they lack what the others are ranked by"
     aliased = next((v.version for v in known if CHAMPION in v.aliases), None)
     champion = traffic.champion if traffic else aliased
     verdict = verdicts.get(champion) if champion is not None else None

@@ -44,6 +44,8 @@ TRIAL_TAG = "rayline.trial_run_id"
 """Also what makes registering twice find the version of the first time."""
 READY_TAG = "rayline.ready"
 """Set when a registration has done all it does: bundle published, aliases moved."""
+READY_ALONE = "alone"
+"""Its value on a version that was made of one trial: complete, but for aliases by its sweep's."""
 MODEL_NAME_TAG = "rayline.model"
 """On a logged model: the registered model that it was logged for."""
 CREATED_TAG = "rayline.created_ms"
@@ -187,7 +189,7 @@ class Version(Facts):
             version=int(found.version),
             aliases=aliases,
             created_ms=created_ms,
-            ready=found.tags.get(READY_TAG) == "true",
+            ready=found.tags.get(READY_TAG) in ("true", READY_ALONE),
             **facts,
         )
 

@@ -13,7 +13,7 @@ from lib.errors import RegistryError
 from lib.registry.models import Version
 from lib.registry.publish import EVALUATION_FILE
 from lib.registry.server import connect, download, explained
-from lib.registry.trials import child_runs
+from lib.registry.trials import best_metrics, child_runs
 
 
 def evaluation_of(settings: Settings, version: Version) -> Mapping[str, Any] | None:
@@ -44,7 +44,7 @@ def trials_of(settings: Settings, sweep_run_id: str) -> list[dict[str, Any]]:
             "status": run.info.status,
             "started_ms": run.info.start_time,
             "params": dict(run.data.params),
-            "metrics": dict(run.data.metrics),
+            "metrics": best_metrics(run),
         }
         for run in runs
     ]

@@ -11,18 +11,21 @@ from mlflow import MlflowClient
 
 from lib.cli import progress
 from lib.config import Settings
-from lib.data.manifest import Manifest
+from lib.data.manifest import Manifest, load_manifest
 from lib.errors import RefusedError, RegistryError
 from lib.registry.claims import claimed
 from lib.registry.external import fetched, save, understand
 from lib.registry.external_runs import as_trial, closed_run, ensure_run, owner_of
 from lib.registry.gaps import too_weak_to_challenge
+from lib.registry.leaderboard import Board, Entry
 from lib.registry.models import (
     CHALLENGER,
     CHAMPION,
+    READY_ALONE,
     READY_TAG,
     Version,
     ensure_bundle,
+    resolve,
     versions,
 )
 from lib.registry.publish import Publisher
@@ -82,6 +85,35 @@ def register(
             _complete(client, settings, storage, manifest, registered, challenges=challenges)
         by_number = {version.version: version for version in versions(settings)}
     return [by_number[version.version] for version in registered]
+
+
+def register_ranked(settings: Settings, storage: Storage, board: Board, entry: Entry) -> Version:
+    """Make the trial of one rank a version, through the same gates, without an alias.
+
+    Aliases and traffic stay as they are. Raises RefusedError that names the rank and the trial.
+    """
+    trial = board.trials.get(entry.run_id)
+    if trial is None:
+        raise RegistryError(
+            f"version {entry.version} is not complete and came from no sweep: register its model "
+            "again with jobs.register --uri"
+        )
+    progress("register", f"trial {trial.run_id}, of rank {entry.rank}, is no version yet")
+    manifest = load_manifest(storage, trial.data_digest)
+    client = connect(settings)
+    with explained(settings, f"registering trial {trial.run_id}"):
+        publisher = Publisher(settings=settings, storage=storage, manifest=manifest, client=client)
+        try:
+            version = publisher.ensure_version(trial)
+        except RefusedError as error:
+            raise RefusedError(
+                f"the trial of rank {entry.rank}, {trial.run_id}, is not made a version: {error}"
+            ) from error
+        ensure_bundle(settings, storage, version)
+        if not version.ready:
+            number = str(version.version)
+            client.set_model_version_tag(settings.model, number, READY_TAG, READY_ALONE)
+    return resolve(settings, settings.model, str(version.version))
 
 
 def register_external(
@@ -148,7 +180,13 @@ def _complete(
     *,
     challenges: bool,
 ) -> None:
-    pending = [version.version for version in registered if not version.ready]
+    # Versions that were fetched by their rank are ready, and no registration has aliased them yet.
+    pending = [
+        version.version
+        for version in registered
+        if client.get_model_version(settings.model, str(version.version)).tags.get(READY_TAG)
+        != "true"
+    ]
     if not pending:
         return
     current = client.get_registered_model(settings.model).aliases

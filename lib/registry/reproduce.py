@@ -42,7 +42,7 @@ from lib.registry.inspection import PACKAGE_TAG
 from lib.registry.models import PT2_PATH, Version, download_model, ensure_bundle
 from lib.registry.server import connect, download, explained, pages
 from lib.registry.sweep_runs import code_path
-from lib.registry.trials import CHECKPOINT_PATH
+from lib.registry.trials import CHECKPOINT_PATH, best_metrics
 from lib.registry.verdict import Noise, Reproduced, Served, compare, judge
 from lib.secrets import bare_environment
 from lib.serving.bundle import ONNX_FILE, PT2_FILE, check_model_file, file_sha256
@@ -115,7 +115,7 @@ def reproduce(
             retrained = _retrain(python, tree, config, folder, storage)
         served = _compare_served(storage, manifest, onnx_file, folder, version)
     weights = compare(recorded["model"], retrained["model"])
-    accuracy = run.data.metrics["val_accuracy"]
+    accuracy = best_metrics(run)["val_accuracy"]
     noise = _noise(settings, run, accuracy, manifest.rows("val"))
     environment = packages | differences(recorded["environment"], retrained["environment"])
     difference = abs(retrained["metrics"]["val_accuracy"] - accuracy)
@@ -453,9 +453,9 @@ def _noise(settings: Settings, run: Run, accuracy: float, val_rows: int) -> Nois
         )
     by_seed = {run.data.tags.get("rayline.seed"): accuracy}
     for other in others:
-        if other.data.params == run.data.params and "val_accuracy" in other.data.metrics:
-            seed = other.data.tags.get("rayline.seed")
-            by_seed.setdefault(seed, other.data.metrics["val_accuracy"])
+        found = best_metrics(other).get("val_accuracy")
+        if other.data.params == run.data.params and found is not None:
+            by_seed.setdefault(other.data.tags.get("rayline.seed"), found)
     return Noise(
         standard_error=math.sqrt(accuracy * (1 - accuracy) / val_rows),
         seeds=len(by_seed),

@@ -27,6 +27,7 @@ from lib.config import Settings
 from lib.errors import RegistryError
 from lib.registry.server import connect
 from lib.registry.sweep_runs import SweepRun, as_params, connect_quietly
+from lib.registry.trials import BEST_PREFIX
 
 _BATCH = 500
 """Metrics in one request; MLflow takes at most 1,000."""
@@ -46,7 +47,7 @@ class Ending:
     """MLflow's: FINISHED, FAILED or KILLED."""
     why: str
     metrics: Mapping[str, float]
-    """Of its best epoch: MLflow shows a metric's last value, so they are written last."""
+    """Of its best epoch; recorded with a prefix, so that the curves stay as they were."""
     best_epoch: int
     epoch: int
     time_ms: int
@@ -260,7 +261,7 @@ class SweepRecord:
         metrics, tags = list(unsent.metrics), list(unsent.tags)
         if ending is not None:
             metrics += [
-                Metric(name, value, ending.time_ms, ending.epoch)
+                Metric(f"{BEST_PREFIX}{name}", value, ending.time_ms, ending.best_epoch)
                 for name, value in {**ending.metrics, "epoch": float(ending.best_epoch)}.items()
                 if ending.metrics
             ]

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from lib.registry.leaderboard import Board, Entry
+from lib.registry.trials import ACCURACY
 from lib.tables import print_facts, print_line, print_table, size
 
 _SHORT = 8
@@ -19,7 +20,7 @@ def print_board(board: Board, top: int) -> None:
     if not rows:
         print_line(f"{board.model} has no versions: run jobs.tune, then jobs.register")
     else:
-        _print_entries(rows, board.split)
+        _print_entries(rows, board)
     if len(board.entries) > len(rows):
         print_line(f"{len(board.entries) - len(rows):,} more; --top {len(board.entries)} shows all")
     if any(entry.gap_holds is False for entry in rows):
@@ -30,9 +31,13 @@ def print_board(board: Board, top: int) -> None:
         print_line(f"not listed: {other.why}")
 
 
-def print_best(entry: Entry, split: str, fetched: str | None) -> None:
+def print_best(entry: Entry, board: Board, fetched: str | None) -> None:
     """Print one row of a leaderboard and how to have that model."""
-    _print_entries([entry], split)
+    _print_entries([entry], board)
+    if entry.version is None:
+        print_line(f"trial {entry.run_id} is no version yet; --fetch DIR registers it and copies")
+        print_line("its files to DIR")
+        return
     if fetched:
         print_line(f"its files are in {fetched}")
     else:
@@ -132,21 +137,26 @@ def commit(name: str | None, dirty: bool) -> str:
     return f"{name[:_SHORT]}{'*' * dirty}" if name else "–"
 
 
-def _print_entries(entries: Sequence[Entry], split: str) -> None:
+def _print_entries(entries: Sequence[Entry], board: Board) -> None:
     with_runs = any(entry.version is None for entry in entries)
     shared = ["#", "version", "alias", "val", "test", "gap"]
     heads = [*shared, *(["run"] if with_runs else ["served"]), "data", "code", "img/s", "made"]
-    heads[3 if split == "val" else 4] += " ▾"
+    by_other = board.metric not in (ACCURACY.metric, "test_accuracy")
+    if by_other:
+        heads.insert(3, f"{board.metric} ▾")
+    else:
+        heads[3 if board.split == "val" else 4] += " ▾"
     rows = []
     for entry in entries:
         alias = ", ".join(entry.aliases) + ("" if entry.ready else " (unfinished)")
         gap = points(entry.gap) + (" !" if entry.gap_holds is False else "")
         rows.append(
             [
-                str(entry.rank),
+                str(entry.rank or "–"),
                 "trial" if entry.version is None else str(entry.version),
                 alias,
-                percent(entry.val_accuracy),
+                *([_cell(entry.score)] if by_other else []),
+                percent(entry.score if heads[3] == "val ▾" else entry.val_accuracy),
                 percent(entry.test_accuracy),
                 gap,
                 entry.run_id[:_SHORT] if with_runs else entry.served,
@@ -156,7 +166,7 @@ def _print_entries(entries: Sequence[Entry], split: str) -> None:
                 day(entry.created_ms),
             ]
         )
-    print_table(heads, rows, right=(heads[0], *heads[3:6], "img/s"))
+    print_table(heads, rows, right=(heads[0], *heads[3 : 6 + by_other], "img/s"))
 
 
 def _worst(metrics: Mapping[str, float], count: int = 3) -> str:

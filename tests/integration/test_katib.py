@@ -21,6 +21,7 @@ from lib.config import Settings
 from lib.data.ingest import ingest
 from lib.data.manifest import Manifest
 from lib.errors import ConfigError, SearchError
+from lib.registry.trials import best_metrics
 from lib.storage import Storage
 from lib.train.asked import Asked, limits_asked_for, search_asked_for
 from lib.train.result import SweepResult
@@ -143,7 +144,7 @@ def test_an_experiment_file_is_run_by_its_job(
     assert {run.info.status for run in runs} == {"FINISHED"}
     epochs = {run.info.run_id: int(run.data.tags["rayline.epochs_trained"]) for run in runs}
     assert set(epochs.values()) <= {1, 2, 3, 4}
-    best = min(runs, key=lambda run: run.data.metrics["loss"])
+    best = min(runs, key=lambda run: best_metrics(run)["loss"])
     assert best.info.run_id == result["best"]["run_id"]
     for each in runs:
         x = float(each.data.params["x"])
@@ -151,7 +152,7 @@ def test_an_experiment_file_is_run_by_its_job(
         assert points[0].value == pytest.approx((x - 0.25) ** 2 + 1, abs=1e-4)
         assert [item.path for item in client.list_artifacts(each.info.run_id)] == ["output.log"]
     whole = [run for run in runs if run.data.tags["rayline.ended"] == "trained to the end"]
-    assert all(run.data.metrics["accuracy"] == 0.5 for run in whole)
+    assert all(best_metrics(run)["accuracy"] == 0.5 for run in whole)
     assert {"curves", "parallel_coordinates"} <= drawn(client, result["sweep_run_id"])
     assert "confusion" not in drawn(client, result["sweep_run_id"])
 

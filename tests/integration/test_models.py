@@ -229,8 +229,11 @@ def test_the_leaderboard_has_every_version_and_says_what_is_not_ours(
     known = {version.version: version for version in versions(shelf.settings)}
     entries = listed["entries"]
     assert {entry["version"] for entry in entries} == set(known) == {1, 2, 4}
-    accuracies = [entry["val_accuracy"] for entry in entries]
-    assert accuracies == sorted(accuracies, reverse=True)
+    assert [(e["rank"], e["version"], e["score"]) for e in entries] == [
+        (1, 4, 0.76),
+        (2, 1, 0.75),
+        (3, 2, 0.74),
+    ]
     by_number = {entry["version"]: entry for entry in entries}
     assert by_number[1]["aliases"] == ["champion"]
     assert by_number[1]["served"] == "90 %"
@@ -251,6 +254,58 @@ def test_the_leaderboard_has_every_version_and_says_what_is_not_ours(
     assert shelf.manifest.digest[:12] in refused["message"]
 
 
+def test_a_trial_of_any_rank_is_shown_and_becomes_a_version_when_it_is_fetched(
+    shelf: Shelf, models: Any, tmp_path: Path
+) -> None:
+    aliases = dict(shelf.client.get_registered_model(MODEL).aliases)
+    third = shelf.trials[2]
+    text, shown = models("best", "--rank", "3", "--sweep", shelf.sweep)
+    assert (shown["version"], shown["run_id"], shown["score"]) == (None, third, 0.73)
+    assert "--fetch DIR registers it" in text
+    # Over all sweeps on the data the later one and the one that learned validation come first.
+    assert models("best", "--rank", "5")[1]["run_id"] == third
+
+    text, found = models("best", "--rank", "5", "--fetch", str(tmp_path / "m"))
+
+    try:
+        version = resolve(shelf.settings, MODEL, str(found["version"]))
+        assert (version.run_id, version.ready, found["rank"]) == (third, True, 5)
+        assert f"trial {third}, of rank 5, is no version yet" in text
+        assert shelf.client.get_registered_model(MODEL).aliases == aliases
+        served = policy.current(shelf.storage)
+        assert served is not None
+        assert served.models[MODEL].weights == {1: 90.0, 4: 10.0}
+        answers = mlflow.pyfunc.load_model(str(tmp_path / "m")).predict(shelf.test.images_NHWC)
+        hits = (answers.argmax(axis=1) == shelf.test.labels_N).mean()
+        assert hits == pytest.approx(found["test_accuracy"])
+        again = models("best", "--rank", "5", "--fetch", str(tmp_path / "again"))
+        assert again[1]["version"] == found["version"]
+        # Its sweep's registration still gives it what it gives versions.
+        register(shelf.settings, shelf.storage, shelf.manifest, shelf.sweep, 3)
+        challenger = shelf.client.get_registered_model(MODEL).aliases["challenger"]
+        assert int(challenger) == found["version"]
+    finally:
+        if "challenger" in aliases:
+            shelf.client.set_registered_model_alias(MODEL, "challenger", aliases["challenger"])
+        else:
+            shelf.client.delete_registered_model_alias(MODEL, "challenger")
+        delete(shelf.settings, shelf.storage, str(found["version"]))
+
+
+def test_a_refusal_by_rank_names_rank_and_trial_and_a_rank_too_many_says_how_many(
+    shelf: Shelf, models: Any, tmp_path: Path
+) -> None:
+    _, refused = models("best", "--fetch", str(tmp_path / "m"), code=3)
+    assert refused["error"] == "RefusedError"
+    assert f"rank 1, {shelf.leaky_trial}, is not made a version" in refused["message"]
+    assert {version.version for version in versions(shelf.settings)} == {1, 2, 4}
+    _, few = models("best", "--rank", "4", "--sweep", shelf.sweep, code=1)
+    assert "3 finished trials" in few["message"]
+    (tmp_path / "m" / "x").mkdir(parents=True)
+    _, full = models("best", "--fetch", str(tmp_path / "m"), code=1)
+    assert "not empty" in full["message"]
+
+
 def test_which_was_third_best_and_can_i_have_it(shelf: Shelf, models: Any, tmp_path: Path) -> None:
     ranked = sorted(versions(shelf.settings), key=lambda v: (-v.test_accuracy, v.version))
     text, found = models("best", "--rank", "3", "--split", "test", "--fetch", str(tmp_path / "m"))
@@ -264,11 +319,12 @@ def test_which_was_third_best_and_can_i_have_it(shelf: Shelf, models: Any, tmp_p
     hits = (pyfunc.argmax(axis=1) == shelf.test.labels_N).mean()
     assert hits == pytest.approx(found["test_accuracy"])
     assert json.loads((tmp_path / "m" / "card.json").read_text())["version"] == found["version"]
-    assert models("best")[1]["version"] == models("list")[1]["entries"][0]["version"]
+    assert models("best")[1]["run_id"] == models("list", "--trials")[1]["entries"][0]["run_id"]
 
     _, refused = models("fetch", "1", str(tmp_path / "m"), code=1)
     assert "not empty" in refused["message"]
-    assert models("best", "--rank", "4", code=1)[1]["error"] == "RegistryError"
+    few = models("best", "--rank", "4", "--split", "test", code=1)[1]
+    assert "3 versions" in few["message"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
 
 
@@ -500,7 +556,7 @@ def test_garbage_is_listed_first_then_removed_and_nothing_else_is(shelf: Shelf) 
     assert [file.path for file in client.list_artifacts(shelf.trials[2], "checkpoint")] == [
         "checkpoint/model.pt"
     ]
-    entry = best(leaderboard(shelf.settings, storage), 1)
+    entry = best(leaderboard(shelf.settings, storage, split="test"), 1)
     assert fetch(shelf.settings, str(entry.version), Path(storage.root).parent / "still")["onnx"]
 
 

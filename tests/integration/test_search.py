@@ -126,16 +126,20 @@ def test_a_sweep_and_its_trials_are_recorded(
         assert set(run.data.params) == {parameter.name for parameter in search_space(PRESET)}
         assert run.data.tags["rayline.rungs"] == "1,3"
         assert run.data.tags["rayline.num_threads"] == "1"
-        assert run.data.metrics["epoch"] == int(run.data.tags["rayline.best_epoch"])
+        best_epoch = int(run.data.tags["rayline.best_epoch"])
+        assert run.data.metrics["best/epoch"] == best_epoch
         assert run.data.tags["rayline.epochs_trained"] in ("1", "3")
         for name in METRICS:
-            epochs = {point.step for point in client.get_metric_history(run.info.run_id, name)}
-            assert epochs in ({1}, {1, 2, 3}), "a trial ends at a rung"
+            points = client.get_metric_history(run.info.run_id, name)
+            curve = {point.step: point.value for point in points}
+            assert set(curve) in ({1}, {1, 2, 3}), "a trial ends at a rung"
+            assert len(points) == len(curve), "an epoch has one value"
+            assert run.data.metrics[f"best/{name}"] == curve[best_epoch]
     # The first is the known-good configuration, and trains to the last rung.
     assert max(trial.epoch for trial in result.trials) > 1
 
     ranked = ranked_trials(client, result.sweep_run_id, data.manifest.digest)
-    assert ranked[0].val_accuracy == pytest.approx(result.trials[0].value)
+    assert ranked[0].metrics["val_accuracy"] == pytest.approx(result.trials[0].value)
     kept = {path.rpartition("/")[2] for path in data.storage.list("sweeps", recursive=True)}
     assert kept == {"journal.jsonl", "sweep.json"}
     lines = capsys.readouterr().out.splitlines()

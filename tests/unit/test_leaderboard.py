@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 from lib.errors import RegistryError
 from lib.provenance import diffstat
 from lib.registry.inspection import difference
-from lib.registry.leaderboard import Board, Entry, best, parts_in, ranked
+from lib.registry.leaderboard import Board, Entry, best, parts_in, ranked, standing_digest
 from lib.registry.models import Foreign
+from lib.registry.trials import ACCURACY
 from lib.registry.views import print_board, print_difference
 from lib.serving.traffic import ModelTraffic
 from lib.tables import MAX_WIDTH, size
+from lib.train.experiment import MINIMIZE, Objective
 
 
 def entry(version: int | None, val: float, test: float | None = None, **values: Any) -> Entry:
@@ -26,48 +29,66 @@ def entry(version: int | None, val: float, test: float | None = None, **values: 
         "git_dirty": False,
         "created_ms": 1_700_000_000_000 + (version or 0),
     }
-    return Entry(version=version, val_accuracy=val, test_accuracy=test, **{**made, **values})
+    return Entry(
+        version=version,
+        score=val,
+        val_accuracy=val,
+        test_accuracy=test,
+        trained_ms=values.pop("trained_ms", version or 0),
+        **{**made, **values},
+    )
 
 
-def board(*entries: Entry, split: str = "val") -> Board:
+def board(*entries: Entry, split: str = "val", objective: Objective = ACCURACY) -> Board:
     return Board(
         model="digits",
         split=split,
-        entries=ranked(entries, split),
+        objective=objective,
+        entries=ranked(entries, objective.goal),
         foreign=(Foreign(version=9, aliases=(), why="version 9 was not made by `jobs.register`"),),
         notes=("a note",),
     )
 
 
-def test_the_best_comes_first_and_ties_go_to_the_earlier_version_then_to_trials() -> None:
-    trial = entry(None, 0.98, run_id="trial", created_ms=1)
+def test_the_best_comes_first_and_ties_go_to_the_earlier_trial_whether_registered_or_not() -> None:
+    trial = entry(None, 0.98, run_id="trial", trained_ms=3)
     late, early, top, low = entry(4, 0.98), entry(2, 0.98), entry(3, 0.99), entry(1, 0.9)
-    found = ranked([trial, late, low, early, top], "val")
-    assert [found.run_id for found in found] == ["run-3", "run-2", "run-4", "trial", "run-1"]
+    found = ranked([trial, late, low, early, top])
+    assert [found.run_id for found in found] == ["run-3", "run-2", "trial", "run-4", "run-1"]
     assert [found.rank for found in found] == [1, 2, 3, 4, 5]
-    assert found == ranked([low, top, early, late, trial], "val")
+    assert found == ranked([low, top, early, late, trial])
+    by_loss = ranked([late, low, top], MINIMIZE)
+    assert [found.version for found in by_loss] == [1, 4, 3]
 
 
-def test_a_split_ranks_by_itself_and_leaves_out_what_was_not_measured() -> None:
-    entries = [entry(1, 0.99, 0.97), entry(2, 0.98, 0.98), entry(None, 0.999)]
-    assert [found.version for found in ranked(entries, "test")] == [2, 1]
+def test_what_was_not_measured_comes_last_and_has_no_rank() -> None:
+    rows = board(entry(1, 0.9), replace(entry(2, 0.98), score=None))
+    assert [(found.version, found.rank) for found in rows.entries] == [(1, 1), (2, 0)]
+    for rank in (0, 2):
+        with pytest.raises(RegistryError, match=f"1 finished trials .* none of rank {rank}"):
+            best(rows, rank)
 
 
-def test_best_compares_on_the_champions_data_and_leaves_out_what_is_not_ready() -> None:
+def test_models_are_compared_on_the_champions_data_else_on_the_newest() -> None:
     here, there = "d" * 32, "e" * 32
-    rows = board(
+    rows = [
         entry(1, 0.95, data_digest=here, aliases=("champion",)),
         entry(2, 0.99, data_digest=there),
-        entry(3, 0.97, data_digest=here),
-        entry(4, 0.98, data_digest=here, ready=False),
-    )
-    assert [best(rows, rank).version for rank in (1, 2)] == [3, 1]
-    assert [best(rows, rank).rank for rank in (1, 2)] == [1, 2]
-    for rank in (0, 3):
-        with pytest.raises(RegistryError, match=f"2 versions .* none of rank {rank}"):
-            best(rows, rank)
-    without = board(entry(1, 0.95, data_digest=here), entry(2, 0.9, data_digest=there))
-    assert best(without, 1).version == 2
+        entry(None, 0.97, data_digest=here),
+    ]
+    assert standing_digest(rows) == here
+    assert standing_digest(rows[1:]) == there
+    assert standing_digest(rows[2:]) == here
+
+
+def test_the_head_names_the_metric_that_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [replace(entry(None, 0.9, run_id=f"{loss}"), score=loss) for loss in (0.31, 0.12)]
+    print_board(board(*rows, objective=Objective(metric="val_loss", goal=MINIMIZE)), top=9)
+    head, _, first, *_ = capsys.readouterr().out.splitlines()
+    assert head.split()[:5] == ["#", "version", "alias", "val_loss", "▾"]
+    assert first.split()[:3] == ["1", "trial", "0.12"]
+    print_board(board(*rows), top=9)
+    assert "val ▾" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_thousands_of_rows_print_within_the_width_and_say_how_many_are_left(

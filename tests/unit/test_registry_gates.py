@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib.config import Settings
+from lib.config import Settings, preset
 from lib.errors import RefusedError, RegistryError
 from lib.registry import registration, runtime
 from lib.registry.baseline import Baseline, check_against, train_baseline
@@ -20,15 +23,22 @@ from lib.registry.runtime import Measured
 from lib.registry.trials import ranked_trials
 from lib.serving.bundle import write_bundle
 from lib.storage import Storage
+from lib.train.presets import preset_experiment
 from tests.unit.serving_parts import card
 
 
 class FakeMlflow:
     """Runs in memory, handed out in pages of two."""
 
-    def __init__(self, *trials: tuple[str, float | None, str]) -> None:
+    def __init__(
+        self, *trials: tuple[str, float | None, str], objectives: Sequence[str] = ()
+    ) -> None:
         tags = {"rayline.kind": "sweep", "rayline.data_digest": "d" * 32}
         self.sweep = _run("sweep", {}, "FINISHED", 0, tags)
+        if objectives:
+            asked = preset_experiment(preset("smoke"), objectives=objectives).objectives
+            fields = [{"metric": o.metric, "goal": o.goal, "constant": o.constant} for o in asked]
+            tags["rayline.objectives"] = json.dumps(fields)
         self.children = [
             _run(name, {} if value is None else {"val_accuracy": value}, status, start)
             for start, (name, value, status) in enumerate(trials)
@@ -85,6 +95,52 @@ def test_trials_are_ranked_by_validation_over_all_pages_and_ties_go_to_the_earli
     assert ranked[0].checkpoint_uri == "mlflow-artifacts:/best/checkpoint/model.pt"
 
 
+@pytest.mark.parametrize(
+    ("objectives", "order"),
+    [
+        ((), ["a", "c", "b"]),
+        (["val_accuracy"], ["a", "c", "b"]),
+        (["val_loss"], ["b", "c", "a"]),
+        (["num_parameters", "val_loss", "val_accuracy"], ["b", "c", "a"]),
+        (["latency_ms", "val_accuracy"], ["a", "c", "b"]),
+    ],
+)
+def test_trials_are_ranked_by_the_first_objective_that_training_changes(
+    objectives: Sequence[str], order: list[str]
+) -> None:
+    client: Any = FakeMlflow(
+        ("a", 0.99, "FINISHED"),
+        ("b", 0.97, "FINISHED"),
+        ("c", 0.98, "FINISHED"),
+        objectives=objectives,
+    )
+    for run, loss, size in zip(client.children, (0.3, 0.1, 0.2), (10, 30, 20), strict=True):
+        run.data.metrics |= {"val_loss": loss, "num_parameters": size}
+    assert [trial.run_id for trial in ranked_trials(client, "sweep")] == order
+
+
+def test_a_trial_counts_at_its_best_epoch_and_a_result_that_is_no_number_does_not() -> None:
+    client: Any = FakeMlflow(
+        ("got worse", 0.5, "FINISHED"),
+        ("steady", 0.9, "FINISHED"),
+        ("nan", math.nan, "FINISHED"),
+        ("inf", math.inf, "FINISHED"),
+    )
+    client.children[0].data.metrics["best/val_accuracy"] = 0.95
+    ranked = ranked_trials(client, "sweep")
+    assert [(trial.run_id, trial.metrics["val_accuracy"]) for trial in ranked] == [
+        ("got worse", 0.95),
+        ("steady", 0.9),
+    ]
+
+
+def test_a_sweep_of_commands_has_nothing_to_register() -> None:
+    client: Any = FakeMlflow(("a", 0.99, "FINISHED"))
+    client.sweep.data.tags["rayline.trainable"] = "command"
+    with pytest.raises(RegistryError, match="left no model"):
+        ranked_trials(client, "sweep")
+
+
 def test_a_sweep_of_other_data_or_without_a_finished_trial_is_refused() -> None:
     failed: Any = FakeMlflow(("failed", 0.99, "FAILED"))
     with pytest.raises(RegistryError, match="no finished trial"):
@@ -128,6 +184,10 @@ class Aliases:
 
     def set_model_version_tag(self, name: str, version: str, key: str, value: str) -> None:
         self.tags[version, key] = value
+
+    def get_model_version(self, name: str, version: str) -> Any:
+        tags = {key: value for (number, key), value in self.tags.items() if number == version}
+        return SimpleNamespace(tags=tags)
 
 
 @pytest.mark.parametrize(
