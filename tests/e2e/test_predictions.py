@@ -99,7 +99,7 @@ def test_labels_given_over_http_are_joined(
         for name in wanted:
             body = {"request_id": name, "label": label}
             answer = requests.post(f"{line.url}/feedback", json=body, timeout=TIMEOUT_S)
-            assert answer.status_code == 200, answer.text
+            assert (answer.status_code, answer.json()["known"]) == (200, True), answer.text
     until(
         lambda: logged(storage, line, names, columns=["request_id"]).num_rows == len(names),
         what="the answers in the log",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,43 @@ def test_json_and_binary_tensors_give_the_same_for_every_version(
         assert np.allclose(as_json, as_binary, atol=1e-7)
         answers.append(as_binary)
     assert not np.array_equal(answers[0], answers[1])
+
+
+def test_compressed_requests_and_labels_by_the_protocol_s_id_work(
+    client: Any, line: LiveLine, images_NHWC: np.ndarray[Any, Any]
+) -> None:
+    expected = infer(client, images_NHWC[:1], binary=True, version="1")
+    tensor = triton.InferInput("images", [1, 28, 28, 1], "UINT8")
+    tensor.set_data_from_numpy(images_NHWC[:1])
+    name = f"order-{uuid.uuid4().hex}"
+    for number, algorithm in enumerate(("gzip", "deflate")):
+        result = client.infer(
+            "digits",
+            [tensor],
+            model_version="1",
+            request_id=f"{name}-{number}",
+            request_compression_algorithm=algorithm,
+        )
+        assert result.get_response()["id"] == f"{name}-{number}"
+        assert np.allclose(result.as_numpy("probabilities"), expected)
+    grpc = triton_grpc.InferenceServerClient(line.grpc)
+    over_grpc = triton_grpc.InferInput("images", [1, 28, 28, 1], "UINT8")
+    over_grpc.set_data_from_numpy(images_NHWC[:1])
+    grpc.infer("digits", [over_grpc], request_id=f"{name}-2")
+    grpc.close()
+    for request_id, known in ((f"{name}-0", True), (f"{name}-2", True), (f"{name}-9", False)):
+        body = {"request_id": request_id, "label": "7"}
+        answer = requests.post(f"{line.url}/feedback", json=body, timeout=60)
+        assert (answer.status_code, answer.json()["known"]) == (200, known), answer.text
+    head = requests.head(f"{line.url}/v2/health/ready", timeout=60)
+    assert (head.status_code, head.content) == (200, b"")
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+    }
+    assert requests.get(f"{line.url}/predict", headers=upgrade, timeout=60).status_code == 403
 
 
 def test_grpc_gives_what_http_gives(
