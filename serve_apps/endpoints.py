@@ -261,7 +261,7 @@ def routes(endpoints: Endpoints) -> list[Route]:
         )  # fmt: skip
     add(
         "POST", "/feedback", endpoints.feedback, "Store the true label of an answer.",
-        response=schemas.FeedbackStored, request=feedback, errors=(400, 401, 404, 413, 415, 422, 503),
+        response=schemas.FeedbackStored, request=feedback, errors=post_errors,
     )  # fmt: skip
     add("GET", "/traffic", endpoints.traffic, "The traffic policy in force.", errors=(401, 503))
     add("GET", "/v2", endpoints.server, "Server metadata.", is_open=True)
@@ -275,6 +275,6 @@ def routes(endpoints: Endpoints) -> list[Route]:
         add("GET", f"{base}/ready", endpoints.model_ready, "Model ready.", errors=(401, 404, 503))
         add(
             "POST", f"{base}/infer", endpoints.infer, "Classify a batch.",
-            request=infer, errors=(400, 401, 404, 413, 415, 422, 503),
+            request=infer, errors=post_errors,
         )  # fmt: skip
     return [*table, *watching.routes(endpoints.watching), *pages.routes()]
