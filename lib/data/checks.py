@@ -6,6 +6,7 @@ Rows are counted from 0, as in the source.
 from __future__ import annotations
 
 import struct
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -100,18 +101,21 @@ def check_labels(name: str, labels: Labels, num_classes: int, classes_from: str)
 
 
 def check_class_names(name: str, class_names: Sequence[str]) -> None:
-    """Raise DataError for fewer than two classes, an empty name, or one given twice."""
+    """Raise DataError for fewer than two classes, an empty name, or two that look the same."""
     if len(class_names) < 2:
         raise DataError(f"{name}: {len(class_names)} classes; at least 2 are needed")
     seen: dict[str, int] = {}
     for row, class_name in enumerate(class_names):
         if not class_name:
             raise DataError(f"{name}: row {row}: an empty class name")
-        if class_name in seen:
+        # The same accented letter may be one character or two, and comes as both from two systems.
+        shown = unicodedata.normalize("NFC", class_name)
+        if shown in seen:
             raise DataError(
-                f"{name}: row {row}: class {class_name!r} stands in row {seen[class_name]} already"
+                f"{name}: row {row}: class {class_name!r} stands in row {seen[shown]} already; "
+                "put the two together under one name"
             )
-        seen[class_name] = row
+        seen[shown] = row
 
 
 def check_rows_per_class(

@@ -81,7 +81,8 @@ class FolderSource:
                         f"in {classes_from}: {', '.join(class_names)}"
                     )
                 digests[place] = _digest(root, place, paths)
-                rows += [(path, class_names.index(class_name)) for path in paths]
+                label = class_names.index(class_name)
+                rows += [(path, label) for path in paths]
             # Sorted by class, a shard would hold one class only.
             order = np.argsort(row_hash(len(rows), _SHUFFLE_SEED), kind="stable")
             files[split] = tuple(rows[index] for index in order)

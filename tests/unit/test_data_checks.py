@@ -56,6 +56,8 @@ def test_class_names_must_be_distinct_and_given() -> None:
         checks.check_class_names("classes.txt", ["cat", "dog", "cat"])
     with pytest.raises(DataError, match="row 1: an empty class name"):
         checks.check_class_names("classes.txt", ["cat", ""])
+    with pytest.raises(DataError, match="row 1.* stands in row 0 already"):
+        checks.check_class_names("classes.txt", ["caf\u00e9", "cafe\u0301"])
     with pytest.raises(DataError, match="at least 2"):
         checks.check_class_names("classes.txt", ["cat"])
 
