@@ -70,6 +70,7 @@ def run_pipeline(
         "model": settings.model,
         "data_digest": manifest.digest,
         "data_reused": ingested.reused,
+        "ignored": [asdict(ignored) for ignored in ingested.ignored],
         "num_images": sum(sum(counts) for counts in manifest.counts.values()),
         "sweep_run_id": sweep_run_id,
         "sweep_reused": sweep.reused,
