@@ -19,6 +19,7 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
+from lib.cli import progress as say
 from lib.errors import ConfigError
 from lib.train.experiment import (
     INT,
@@ -61,7 +62,8 @@ SETTINGS: dict[str, dict[str, _Setting]] = {
 }
 """Scheduler → its settings, as Katib or Tune call them → Tune's argument and its type."""
 SCHEDULERS = tuple(SETTINGS)
-_REPLAYED = ("asha", "medianstopping")
+_REPLAYED, _FORGETTING = ("asha", "medianstopping"), ("hyperband", "pbt")
+"""What a resumed sweep's scheduler knows of the trials before: all, or nothing."""
 _UNLEARNED = ("random", "sobol", "grid")
 """Samplers that do not look at results."""
 
@@ -284,6 +286,11 @@ def build_scheduler(
         )
     else:
         inner = FIFOScheduler()
+    past = sum(trial.ended is not None for trial in progress.trials.values())
+    if named.name in _FORGETTING and past:
+        # Its brackets and populations can't be made anew from trials that have ended.
+        say("tune", f"{named.name} compares the trials that go on with each other alone, and not "
+            f"with the {past} that ended before the sweep was interrupted")  # fmt: skip
     return AtRungs(named.name, inner, progress, may_resume)
 
 

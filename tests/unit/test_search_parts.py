@@ -247,6 +247,20 @@ def test_every_scheduler_is_built_by_name(storage: Storage, name: str) -> None:
     built.on_trial_add(controller, trial)
 
 
+@pytest.mark.parametrize("name", ["asha", "hyperband", "pbt"])
+def test_a_scheduler_that_starts_over_in_a_resumed_sweep_says_so(
+    storage: Storage, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = preset_experiment(PRESETS["full"], sampler="random", scheduler=name)
+    _, progress, _ = progress_of(storage, experiment)
+    build_scheduler(experiment, progress, num_rungs=3, fixed=frozenset())
+    assert "ended before" not in capsys.readouterr().out
+    progress.add(ASKED, trial=0, params={}, sampled={})
+    progress.add(ENDED, trial=0, how=FINISHED, why="")
+    build_scheduler(experiment, progress, num_rungs=3, fixed=frozenset())
+    assert ("not with the 1 that ended before" in capsys.readouterr().out) == (name != "asha")
+
+
 def test_rungs_are_those_of_the_scheduler() -> None:
     assert rung_counts(Named("asha"), (2, 6, 18)) == (1, 3, 9)
     assert rung_counts(Named("hyperband"), (2, 6, 18)) == (1, 4, 9)
