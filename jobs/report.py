@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the arguments and write the page."""
     parser = cli.parser("report", __doc__)
     parser.add_argument("version", nargs="?", default="champion", help="a number or an alias")
-    parser.add_argument("--out", type=Path, help="the file (default: MODEL-vN.html here)")
+    parser.add_argument("--out", type=Path, help="file (default: .rayline/reports/MODEL-vN.html)")
     parser.add_argument("--attest", metavar="CHECK", help="put a check done by hand on record")
     parser.add_argument("--note", help="with --attest: what was done, and what was found")
     arguments = parser.parse_args(argv)
@@ -35,7 +35,7 @@ def _report(arguments: argparse.Namespace) -> Mapping[str, Any]:
     from lib import provenance
     from lib.config import Settings
     from lib.errors import ConfigError
-    from lib.line.layout import PROJECT_ROOT
+    from lib.line.layout import PROJECT_ROOT, Line
     from lib.serving.keys import name_of_caller
     from lib.storage import Storage
     from lib.watch import predictions, scorecard
@@ -56,7 +56,8 @@ def _report(arguments: argparse.Namespace) -> Mapping[str, Any]:
         settings, storage, arguments.version, root=PROJECT_ROOT, read_log=predictions.read
     )
     card = scorecard.score(found)
-    out = arguments.out or Path(f"{found.model}-v{found.version}.html")
+    reports = Line.from_env(os.environ).home / "reports"
+    out = arguments.out or reports / f"{found.model}-v{found.version}.html"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(render(found, card), encoding="utf-8")
     cli.progress("report", f"{out.resolve()}; ML Test Score {card.score:g}: {card.meaning}")

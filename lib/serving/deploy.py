@@ -181,7 +181,7 @@ def bundle(settings: Settings, storage: Storage, version: int) -> str:
 def _served(settings: Settings, storage: Storage) -> tuple[Policy, ModelTraffic]:
     base = policy.current(storage)
     if base is None or settings.model not in base.models:
-        raise ServingError(f"{settings.model} is not served yet; run jobs.deploy first")
+        raise policy.not_served(settings.model, base)
     return base, base.models[settings.model]
 
 

@@ -39,6 +39,15 @@ def current(storage: Storage, *, known: Policy | None = None) -> Policy | None:
     return known
 
 
+def not_served(model: str, policy: Policy | None) -> ServingError:
+    """Return the error for a model that gets no traffic."""
+    others = f"; served: {', '.join(sorted(policy.models))}" if policy else ""
+    return ServingError(
+        f"{model} is not served yet{others}. Set RAYLINE_MODEL to a model that is served, or run "
+        f"jobs.deploy to serve {model}"
+    )
+
+
 def history(storage: Storage) -> list[Policy]:
     """Return every policy that there was, oldest first."""
     return [Policy.from_json(storage.read_json(path)) for path in _files(storage)]

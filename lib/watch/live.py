@@ -11,7 +11,7 @@ from typing import Any
 
 from lib.cli import progress
 from lib.config import Settings
-from lib.errors import RaylineError, RolloutError, ServingError
+from lib.errors import RaylineError, RolloutError
 from lib.serving import deploy, policy
 from lib.serving.bundle import Card, read_card
 from lib.serving.traffic import ModelTraffic
@@ -82,7 +82,7 @@ class Live:
         """Return the traffic in force."""
         current = policy.current(self._storage)
         if current is None or self._settings.model not in current.models:
-            raise ServingError(f"{self._settings.model} is not served yet; run jobs.deploy first")
+            raise policy.not_served(self._settings.model, current)
         return current.models[self._settings.model]
 
     def bundle(self, version: int) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,3 +144,21 @@ def test_many_classes_and_long_names_are_drawn() -> None:
     dossier = replace(FULL, manifests=[manifest], evaluation=evaluation)
     for draw in (plots.data, plots.confusion, plots.classes):
         assert draw(dossier)
+
+
+def test_without_a_place_the_page_lies_in_the_line_s_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs.report import main
+
+    found = SimpleNamespace(model="digits", version=3)
+    card = SimpleNamespace(score=1.0, meaning="", to_json=dict)
+    monkeypatch.setattr("lib.watch.collect.collect", lambda *_, **__: found)
+    monkeypatch.setattr("lib.watch.scorecard.score", lambda _: card)
+    monkeypatch.setattr("lib.watch.report.page.render", lambda *_: "page")
+    for name in ("RAYLINE_HOME", "RAYLINE_STORAGE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit, match="0"):
+        main(["3"])
+    assert (tmp_path / "home/reports/digits-v3.html").read_text() == "page"

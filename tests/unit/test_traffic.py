@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lib.config import Settings
 from lib.errors import ServingError, StorageError
-from lib.serving import policy
+from lib.serving import deploy, policy
 from lib.serving.traffic import ModelTraffic, choose
 from lib.storage import Storage
 
@@ -149,3 +150,14 @@ def test_what_is_no_generation_is_passed_over(tmp_path: Path) -> None:
     storage.write_json("traffic/00000002.json.0f1e", {})
     assert policy.current(storage) == first
     assert policy.history(storage) == [first]
+
+
+def test_a_model_that_is_not_served_names_those_that_are(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    settings = Settings(storage=str(tmp_path), mlflow_uri="http://mlflow:5000", model="digits")
+    with pytest.raises(ServingError, match="digits is not served yet. Set RAYLINE_MODEL"):
+        deploy.bundle(settings, storage, 1)
+    traffic = ModelTraffic(champion=1, weights={1: 100.0}, bundles={1: "models/photos/1"})
+    policy.commit(storage, None, {"photos": traffic}, default_model="photos", who="a", why="b")
+    with pytest.raises(ServingError, match="served: photos. Set RAYLINE_MODEL.*serve digits"):
+        deploy.bundle(settings, storage, 1)
