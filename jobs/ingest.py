@@ -3,6 +3,7 @@
 python -m jobs.ingest
 python -m jobs.ingest --source /path/to/images --seed 1
 python -m jobs.ingest --source torchvision:FashionMNIST
+python -m jobs.ingest --source s3://bucket/scans --group patient --val-fraction 0.2
 """
 
 from __future__ import annotations
@@ -22,6 +23,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--source", default="mnist", help="`mnist` (bundled), a folder or URI, or torchvision:NAME"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the validation split")
+    parser.add_argument(
+        "--group",
+        metavar="COLUMN",
+        help="of a Parquet source, such as patient or camera: its rows stay in one split",
+    )
+    for split in ("val", "test"):
+        parser.add_argument(
+            f"--{split}-fraction",
+            type=float,
+            default=0.1,
+            help=f"cut from train where the source has no {split} split (default: 0.1)",
+        )
     arguments = parser.parse_args(argv)
     cli.run(lambda: _ingest(arguments), only_json=arguments.json)
 
@@ -36,7 +49,14 @@ def _ingest(arguments: argparse.Namespace) -> Mapping[str, Any]:
     settings = Settings.from_env()
     connect_ray()
     ingested = ingest_source(
-        Storage(settings.storage), arguments.source, IngestConfig(seed=arguments.seed)
+        Storage(settings.storage),
+        arguments.source,
+        IngestConfig(
+            seed=arguments.seed,
+            val_fraction=arguments.val_fraction,
+            test_fraction=arguments.test_fraction,
+            group=arguments.group,
+        ),
     )
     manifest = ingested.manifest
     return {

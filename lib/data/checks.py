@@ -152,7 +152,7 @@ def check_same_shape(
 
 
 def find_duplicates(ids: RowIds, is_test: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Return (test row, first other row with the same pixels) for ids of shape (N, 16)."""
+    """Return (chosen row, first other row with the same pixels) for ids of shape (N, 16)."""
     heads, tails = np.ascontiguousarray(ids).view(np.uint64).T
     # A few bits of an id rule out nearly all rows, a few of its other half most that are left; the
     # whole id decides.
@@ -178,16 +178,16 @@ def _marked(halves: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
 
 
 def check_duplicates(
-    pairs: Sequence[tuple[str, str]], num_test_rows: int, max_fraction: float
+    split: str, pairs: Sequence[tuple[str, str]], num_rows: int, max_fraction: float
 ) -> None:
-    """Raise DataError if too many test rows are in train too.
+    """Raise DataError if too many of the rows of val or test are in another split too.
 
-    `pairs` names each duplicate: (test file and row, train file and row).
+    `pairs` names each duplicate: (its file and row, file and row of the other).
     """
-    if len(pairs) > max_fraction * num_test_rows:
-        examples = "; ".join(f"{test} = {train}" for test, train in pairs[:3])
+    if len(pairs) > max_fraction * num_rows:
+        examples = "; ".join(f"{row} = {other}" for row, other in pairs[:3])
         raise DataError(
-            f"{len(pairs)} of {num_test_rows} test rows ({len(pairs) / num_test_rows:.1%}) have "
-            f"the same pixels as a train row; at most {max_fraction:.1%} may, or the test "
+            f"{len(pairs)} of {num_rows} {split} rows ({len(pairs) / num_rows:.1%}) have the same "
+            f"pixels as a row of another split; at most {max_fraction:.1%} may, or {split} "
             f"measures memory. Remove them from one side. The first: {examples}"
         )

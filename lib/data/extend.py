@@ -28,6 +28,7 @@ from lib.data.shards import (
     store_shard,
     to_parquet,
 )
+from lib.data.splits import id_keys
 from lib.errors import DataError, TooFewError
 from lib.storage import Storage
 
@@ -203,7 +204,7 @@ def _sorted(ids: RowIds) -> tuple[RowIds, npt.NDArray[np.int64]]:
 
 
 def _parts(ids: RowIds, config: ExtendConfig) -> dict[str, npt.NDArray[np.bool_]]:
-    draws = np.ascontiguousarray(ids[:, :8]).view(">u8").ravel() / 2.0**64
+    draws = id_keys(ids) / 2.0**64
     is_live = draws < config.live_fraction
     is_val = ~is_live & (draws < config.live_fraction + config.val_fraction)
     return {"train": ~is_live & ~is_val, "val": is_val, LIVE: is_live}

@@ -1,5 +1,8 @@
 """Ingest: a source becomes Parquet shards and, last, a manifest.
 
+The source is read once. A first pass hashes every row and stages what it had to decode. Then it is
+settled where each row goes, and a second pass writes the rows, those of train shuffled.
+
 Shards are named by content and the manifest is published in one step. So an ingest that is
 interrupted leaves nothing but shards that the next one uses, and a reader sees a whole data set
 or none.
@@ -12,9 +15,9 @@ import json
 import pickle
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -24,17 +27,32 @@ from lib.cli import progress
 from lib.data.assemble import (
     Assigned,
     IngestConfig,
+    RowOrder,
     assign,
     build_manifest,
+    check_classes,
     check_leaks,
 )
 from lib.data.checks import ROW_ID_BYTES, RowIds
 from lib.data.execution import quiet_ray_data
 from lib.data.manifest import FORMAT_VERSION, SPLITS, Ignored, Manifest, manifest_path
-from lib.data.shards import Chunk, ChunkResult, ShardWriter, chunk_ranges, chunk_rows, num_tasks
+from lib.data.parquet_source import ParquetSource
+from lib.data.readers import Shape
+from lib.data.shards import (
+    Chunk,
+    ChunkResult,
+    ChunkScanner,
+    Scanned,
+    ShardWriter,
+    Unread,
+    chunk_ranges,
+    chunk_rows,
+    num_tasks,
+    shuffled_slices,
+)
 from lib.data.sources import Opened, Source, find_source
 from lib.data.staging import Staging, check_free_space
-from lib.errors import RaylineError
+from lib.errors import ConfigError, RaylineError
 from lib.storage import Storage
 
 __all__ = ["IngestConfig", "Ingested", "ingest", "ingest_source", "missing_shards"]
@@ -79,6 +97,14 @@ def ingest_source(
     """
     started_s = time.monotonic()
     source = find_source(source_spec, cache_dir=cache_dir)
+    if config.group is not None:
+        if not isinstance(source, ParquetSource):
+            raise ConfigError(
+                f"source {source_spec!r} has no columns, so none called {config.group!r}: rows can "
+                "be grouped in Parquet files only; write the groups into a column of some, or lay "
+                "the pictures out in train, val and test folders yourself"
+            )
+        source = replace(source, group=config.group)
     for ignored in source.ignored:
         progress("ingest", f"ignored: {ignored.count} ({ignored.example}): {ignored.reason}")
     key_path = f"data/sources/{_source_key(source, config)}.json"
@@ -97,13 +123,15 @@ def ingest_source(
         if opened.grey_range:
             low, high = opened.grey_range
             progress("ingest", f"16-bit pictures: their values {low}–{high} become 0–255")
-        assigned = assign(opened, config)
-        results, ids = _process(storage, _chunks(opened, assigned))
-    with ThreadPoolExecutor(1) as beside:
-        # Both are NumPy's and a hash's work for millions of rows, which leave Python's lock alone.
-        building = beside.submit(build_manifest, source, opened, assigned, results, ids, config)
+        check_classes(opened, config)
+        num_bytes = int(np.prod(opened.shape)) * sum(rows.labels.size for rows in opened.splits)
+        check_free_space(storage, num_bytes // _BEST_COMPRESSION)
+        scanned, ids = _scan(staging, opened)
+        assigned = assign(opened, ids, config)
         check_leaks(assigned, ids, config)
-        built = building.result()
+        chunks, order = _chunks(opened, assigned, scanned)
+        results = _write(storage, chunks, opened.shape)
+    built = build_manifest(source, opened, assigned, results, ids, order, config)
     manifest, reused = _publish(storage, built)
     storage.write_json(key_path, {"digest": manifest.digest})
     verb = "is there already" if reused else "published"
@@ -146,64 +174,103 @@ def missing_shards(storage: Storage, manifest: Manifest) -> list[str]:
     ]
 
 
-def _chunks(opened: Opened, assigned: Sequence[Assigned]) -> list[Chunk]:
+def _scan(staging: Staging, opened: Opened) -> tuple[list[Scanned], RowIds]:
+    """Read every row once; return where it is to be read again, and all row ids in one array."""
     step = chunk_rows(opened.shape)
-    ranges = [
-        (part, start, stop)
-        for part in assigned
-        for start, stop in chunk_ranges(part.targets.size, step, part.rows.ends)
-    ]
-    return [
-        Chunk(
-            index=index,
-            shape=opened.shape,
-            labels=part.rows.labels[start:stop],
-            targets=part.targets[start:stop],
-            reader=part.rows.reader.part(start, stop),
+    unread = [
+        Unread(index=index, shape=opened.shape, reader=rows.reader.part(start, stop))
+        for index, (rows, (start, stop)) in enumerate(
+            (rows, ends)
+            for rows in opened.splits
+            for ends in chunk_ranges(rows.labels.size, step, rows.ends)
         )
-        for index, (part, start, stop) in enumerate(ranges)
     ]
-
-
-def _process(storage: Storage, chunks: Sequence[Chunk]) -> tuple[list[ChunkResult], RowIds]:
-    """Run the chunks through Ray Data; raise the first error that a task met.
-
-    Returns their results in order, and the ids of all rows in one array.
-    """
-    num_rows = sum(chunk.labels.size for chunk in chunks)
-    check_free_space(storage, num_rows * int(np.prod(chunks[0].shape)) // _BEST_COMPRESSION)
-    starts = np.cumsum([0] + [chunk.labels.size for chunk in chunks])
+    num_rows = sum(rows.labels.size for rows in opened.splits)
     ids = np.empty((num_rows, ROW_ID_BYTES), dtype=np.uint8)
+    scanned: dict[int, Scanned] = {}
+    done_rows = 0
+    for result in _run(unread, ChunkScanner(staging), opened.shape):
+        scanned[result.index] = result
+        done_rows += len(result.row_ids)
+        progress("ingest", f"{done_rows:,} of {num_rows:,} images read")
+    start = 0
+    for index in range(len(unread)):
+        found = scanned[index].row_ids
+        # Held once only: with many rows they are most of what this process holds.
+        ids[start : start + len(found)] = found
+        start += len(found)
+        scanned[index] = replace(scanned[index], row_ids=ids[start - len(found) : start])
+    return [scanned[index] for index in range(len(unread))], ids
+
+
+def _chunks(
+    opened: Opened, assigned: Sequence[Assigned], scanned: Sequence[Scanned]
+) -> tuple[list[Chunk], RowOrder]:
+    """Return what is written, and the order of all rows in it, counted through the splits."""
+    starts = np.cumsum([0] + [len(part.row_ids) for part in scanned])
+    labels = np.concatenate([part.rows.labels for part in assigned])
+    targets = np.concatenate([part.targets for part in assigned])
+    chunks: list[Chunk] = []
+    order, first, row = [], 0, 0
+    for part in assigned:
+        row += part.targets.size
+        last = int(np.searchsorted(starts, row))
+        sizes = [len(found.row_ids) for found in scanned[first:last]]
+        # Only training is by shard: the others stay in the order that earlier data sets have.
+        slices = (
+            shuffled_slices(sizes, opened.shape)
+            if part.rows.split == "train"
+            else [[(index, 0, size)] for index, size in enumerate(sizes)]
+        )
+        for pieces in slices:
+            rows = np.concatenate(
+                [np.arange(a, b) + starts[first + index] for index, a, b in pieces]
+            )
+            chunk = Chunk(
+                index=len(chunks),
+                shape=opened.shape,
+                labels=labels[rows],
+                targets=targets[rows],
+                row_ids=np.concatenate([scanned[first + i].row_ids[a:b] for i, a, b in pieces]),
+                readers=tuple(scanned[first + i].pixels.part(a, b) for i, a, b in pieces),
+            )
+            chunks.append(chunk)
+            order.append(rows)
+        first = last
+    return chunks, np.concatenate(order)
+
+
+def _write(storage: Storage, chunks: Sequence[Chunk], shape: Shape) -> list[ChunkResult]:
+    """Write the shards; return the results of the chunks in order."""
+    num_rows = sum(chunk.labels.size for chunk in chunks)
     results: dict[int, ChunkResult] = {}
     done_rows = 0
-    for result in _run(storage, chunks):
-        if isinstance(result, RaylineError):
-            raise result
-        start = starts[result.index]
-        ids[start : start + len(result.row_ids)] = result.row_ids
-        done_rows += len(result.row_ids)
-        # Held once only: with many rows they are most of what this process holds.
-        results[result.index] = replace(result, row_ids=ids[:0])
+    for result in _run(chunks, ShardWriter(storage), shape):
+        results[result.index] = result
+        done_rows += result.num_rows
         progress(
             "ingest",
             f"{done_rows:,} of {num_rows:,} images, {len(results)} of {len(chunks)} chunks",
         )
-    return [results[index] for index in range(len(chunks))], ids
+    return [results[index] for index in range(len(chunks))]
 
 
-def _run(storage: Storage, chunks: Sequence[Chunk]) -> Iterator[ChunkResult | RaylineError]:
+def _run(items: Sequence[Any], callable_: Any, shape: Shape) -> Iterator[Any]:
+    """Run the items of a pass through Ray Data; raise the first error that a task met."""
     quiet_ray_data()
-    # As bytes: Arrow has no column type for objects.
-    items = [{"item": pickle.dumps(chunk)} for chunk in chunks]
-    shape = chunks[0].shape
     chunk_bytes = chunk_rows(shape) * int(np.prod(shape))
     tasks = num_tasks(len(items), chunk_bytes, ray.cluster_resources().get("CPU", 0))
-    dataset = ray.data.from_items(items, override_num_blocks=tasks)
-    write = ShardWriter(storage)
+    # As bytes: Arrow has no column type for objects.
+    dataset = ray.data.from_items(
+        [{"item": pickle.dumps(item)} for item in items], override_num_blocks=tasks
+    )
     # A batch is all of a task.
-    results = dataset.map_batches(write, batch_size=None, batch_format="pyarrow")
+    results = dataset.map_batches(callable_, batch_size=None, batch_format="pyarrow")
     for row in results.iter_rows():
-        yield pickle.loads(row["item"])
+        result = pickle.loads(row["item"])
+        if isinstance(result, RaylineError):
+            raise result
+        yield result
 
 
 def _publish(storage: Storage, built: Manifest) -> tuple[Manifest, bool]:

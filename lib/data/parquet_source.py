@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import xxhash
 
 from lib.data.checks import Labels, check_class_names, check_labels, check_same_shape
 from lib.data.manifest import Ignored
@@ -33,6 +34,7 @@ from lib.data.sources import (
     sha256_files,
     split_of,
 )
+from lib.data.splits import Keys
 from lib.data.staging import Staging
 from lib.errors import DataError
 from lib.storage import Storage
@@ -67,6 +69,8 @@ class ParquetSource:
     ignored: tuple[Ignored, ...] = ()
     class_names: tuple[str, ...] | None
     """Of `classes.txt`; else the labels themselves say."""
+    group: str | None = None
+    """Column whose equal values keep rows in one split."""
 
     @classmethod
     def find(cls, root: Storage, listing: Listing, *, name: str) -> ParquetSource:
@@ -148,10 +152,26 @@ class ParquetSource:
                     reader=reader,
                     ends=reader.ends if isinstance(reader, ParquetReader) else (),
                     labels_name=f"{self.name}/{split}" if len(self.files) > 1 else self.name,
+                    groups=self._groups(self.files[split]),
                 )
                 for split, reader in readers.items()
             ),
         )
+
+    def _groups(self, paths: Sequence[str]) -> Keys | None:
+        if self.group is None:
+            return None
+        keys = []
+        for path in paths:
+            with opened(self.root, path) as file:
+                if self.group not in (names := file.schema_arrow.names):
+                    raise DataError(f"{path}: no column {self.group!r}; it has {', '.join(names)}")
+                column = file.read(columns=[self.group]).column(self.group)
+            if column.null_count:
+                row = pc.index(pc.is_null(column), True).as_py()
+                raise DataError(f"{path}: row {row}: no {self.group}; give the row a group")
+            keys += [xxhash.xxh3_64_intdigest(str(value).encode()) for value in column.to_pylist()]
+        return np.array(keys, dtype=np.uint64)
 
     def _label_column(self, path: str) -> pa.ChunkedArray:
         with opened(self.root, path) as file:

@@ -19,9 +19,11 @@ import xxhash
 
 from lib.data.checks import ROW_ID_BYTES, Labels, RowIds
 from lib.data.manifest import FORMAT_VERSION, SPLITS, Shard
-from lib.data.readers import Images, Reader, Shape
-from lib.data.splits import TRAIN, Targets
-from lib.errors import RaylineError
+from lib.data.parquet_reader import StagedReader
+from lib.data.readers import Images, RawReader, Reader, Shape
+from lib.data.splits import TRAIN, Targets, row_hash
+from lib.data.staging import Staging
+from lib.errors import DataError, RaylineError
 from lib.storage import Storage
 
 CHUNK_BYTES = 8 * 2**20
@@ -34,6 +36,12 @@ _TASKS_PER_CPU = 4
 _TASK_BYTES = 256 * 2**20
 """Raw pixels of a task: some seconds, after which progress is seen."""
 _ZSTD_LEVEL = 1
+SLICE_BYTES = 64 * 2**10
+"""Consecutive pixels that stay together where rows are shuffled: a thousand such slices make a
+window of training, and one is still worth a request to an object store."""
+_SHUFFLE_SEED = 0
+_READ_THREADS = 16
+"""Of a chunk of many slices: an object store answers each after some hundredths of a second."""
 _SUM_BYTES = 2**18
 """Pixels that are added up at a time: as floats they stay in the processor's cache."""
 _SUM_ROWS = 256
@@ -68,15 +76,37 @@ class PixelSums:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Unread:
+    """Consecutive rows of one split of a source, of which only the labels are known."""
+
+    index: int
+    shape: Shape
+    reader: Reader
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scanned:
+    """Rows that were decoded once."""
+
+    index: int
+    row_ids: RowIds
+    """(N, 16), in the order of the source."""
+    pixels: RawReader | StagedReader
+    """Reads them again, or any part of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """Consecutive rows of one split of a source."""
+    """Rows of one split of a source, in the order in which they are written."""
 
     index: int
     shape: Shape
     labels: Labels
     targets: Targets
     """Per row: index of its split in `SPLITS`."""
-    reader: Reader
+    row_ids: RowIds
+    readers: tuple[Reader, ...]
+    """Of its slices."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,8 +115,7 @@ class ChunkResult:
 
     index: int
     shards: tuple[Shard, ...]
-    row_ids: RowIds
-    """(N, 16), in the order of the source."""
+    num_rows: int
     sums: PixelSums
     """Of the train rows."""
 
@@ -115,6 +144,36 @@ def chunk_ranges(num_rows: int, most_rows: int, ends: Sequence[int]) -> list[tup
     return ranges
 
 
+def shuffled_slices(sizes: Sequence[int], shape: Shape) -> list[list[tuple[int, int, int]]]:
+    """Return the slices of each chunk that is written: (scanned chunk, first row, one after last).
+
+    Of a source that is sorted by class, a shard of consecutive rows would hold one class, and
+    training from shards would see few classes at a time. Each chunk has slices of all the source.
+
+    Args:
+        sizes: Rows of each scanned chunk.
+        shape: Of an image.
+    """
+    step = max(1, SLICE_BYTES // int(np.prod(shape)))
+    slices = [
+        (index, start, min(start + step, size))
+        for index, size in enumerate(sizes)
+        for start in range(0, size, step)
+    ]
+    chunks: list[list[tuple[int, int, int]]] = [[]]
+    room = most_rows = chunk_rows(shape)
+    for place in np.argsort(row_hash(len(slices), _SHUFFLE_SEED)).tolist():
+        index, start, stop = slices[place]
+        while stop - start > room:
+            chunks[-1].append((index, start, start + room))
+            start += room
+            chunks.append([])
+            room = most_rows
+        chunks[-1].append((index, start, stop))
+        room -= stop - start
+    return [[piece for piece in chunk if piece[2] > piece[1]] for chunk in chunks]
+
+
 def num_tasks(num_chunks: int, chunk_bytes: int, num_cpus: float) -> int:
     """Return how many tasks share chunks of so many raw pixels.
 
@@ -131,13 +190,13 @@ class _Measured:
     index: int
     files: list[tuple[str, int, pa.Buffer]]
     """Split, rows and content of each shard."""
-    row_ids: RowIds
+    num_rows: int
     sums: PixelSums
 
     def store(self, storage: Storage) -> ChunkResult:
         """Write the shards."""
         shards = tuple(store_shard(storage, split, *rest) for split, *rest in self.files)
-        return ChunkResult(index=self.index, shards=shards, row_ids=self.row_ids, sums=self.sums)
+        return ChunkResult(index=self.index, shards=shards, num_rows=self.num_rows, sums=self.sums)
 
 
 def process_chunk(storage: Storage, chunk: Chunk) -> ChunkResult:
@@ -146,23 +205,69 @@ def process_chunk(storage: Storage, chunk: Chunk) -> ChunkResult:
 
 
 def _measure(chunk: Chunk) -> _Measured:
-    images = chunk.reader.read(chunk.shape)
-    ids = row_ids(images)
+    images = _read_all(chunk.readers, chunk.shape)
+    if not np.array_equal(row_ids(images), chunk.row_ids):
+        raise DataError(
+            f"{chunk.readers[0].where(0)}, or a row after it, has other pixels than when it was "
+            "read first: the source was changed meanwhile; run the same command again"
+        )
     files = []
     sums = pixel_sums(images[:0])
     for target in np.unique(chunk.targets):
         chosen = chunk.targets == target
         # One split is the usual case of test: no copy then.
         pixels = images if chosen.all() else images[chosen]
-        content = to_parquet(pixels, chunk.labels[chosen], ids[chosen])
+        content = to_parquet(pixels, chunk.labels[chosen], chunk.row_ids[chosen])
         files.append((SPLITS[target], len(pixels), content))
         if target == TRAIN:
             sums = pixel_sums(pixels)
-    return _Measured(index=chunk.index, files=files, row_ids=ids, sums=sums)
+    return _Measured(index=chunk.index, files=files, num_rows=len(images), sums=sums)
+
+
+def _read_all(readers: Sequence[Reader], shape: Shape) -> Images:
+    if len(readers) == 1:
+        return readers[0].read(shape)
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        return np.concatenate(list(pool.map(lambda reader: reader.read(shape), readers)))
+
+
+class ChunkScanner:
+    """The Ray Data callable of the first pass: rows of the source in, their ids out.
+
+    What had to be decoded is staged as raw pixels, so that the second pass reads it in any order.
+    Errors travel as values, as those of `ShardWriter` do.
+    """
+
+    def __init__(self, staging: Staging) -> None:
+        self._staging = staging
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Scan the chunks of a task."""
+        try:
+            for item in batch.column("item"):
+                yield _row(self._scan(pickle.loads(item.as_py())))
+        except RaylineError as error:
+            yield _row(error)
+
+    def _scan(self, chunk: Unread) -> Scanned:
+        images = chunk.reader.read(chunk.shape)
+        pixels = chunk.reader
+        if not isinstance(pixels, RawReader | StagedReader):
+            content = np.ascontiguousarray(images).reshape(-1).data
+            path = self._staging.add(f"pixels-{chunk.index}", [content], images.nbytes)
+            pixels = RawReader(
+                name=chunk.reader.where(0),
+                root=self._staging.storage,
+                path=path,
+                offset_bytes=0,
+                start=0,
+                stop=len(images),
+            )
+        return Scanned(index=chunk.index, row_ids=row_ids(images), pixels=pixels)
 
 
 class ShardWriter:
-    """The Ray Data callable: chunks in, their results out.
+    """The Ray Data callable of the second pass: chunks in, their results out.
 
     A chunk is written while the next one is read: a core does not wait for the disk. An error that
     the user can act on travels as a value: the message arrives as it is, without Ray's retries and
@@ -188,7 +293,7 @@ class ShardWriter:
                 yield _row(error)
 
 
-def _row(content: ChunkResult | RaylineError) -> pa.Table:
+def _row(content: Scanned | ChunkResult | RaylineError) -> pa.Table:
     # As bytes: Arrow has no column type for objects.
     return pa.table({"item": pa.array([pickle.dumps(content)], type=pa.binary())})
 

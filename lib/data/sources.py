@@ -17,6 +17,7 @@ import pyarrow.fs as pafs
 from lib.data.checks import Labels, check_class_names
 from lib.data.manifest import Ignored
 from lib.data.readers import Reader, Shape
+from lib.data.splits import Keys
 from lib.data.staging import Staging
 from lib.errors import DataError, StorageError
 from lib.storage import Storage
@@ -58,6 +59,8 @@ class SplitRows:
     """Rows, ascending, at which what the reader decodes at once ends; none: it reads row by row."""
     labels_name: str
     """What messages about a label name."""
+    groups: Keys | None = None
+    """Per row the key of its group, if rows are split by a column of groups."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from lib.cli import progress
 from lib.data.direct import read_shard
 from lib.data.manifest import LIVE, Manifest, Shard, load_manifest
-from lib.data.splits import stratified
+from lib.data.splits import row_hash, stratified
 from lib.errors import DataError
 from lib.registry.evaluate import predict_all
 from lib.serving.bundle import read_card
@@ -153,7 +153,7 @@ def sample(
             f"data set {manifest.digest[:12]} has no rows in {' or '.join(splits)}; ingest it again"
         )
     labels = np.concatenate([_labels(storage, shard.path) for shard in shards])
-    chosen = stratified(labels, min(1.0, num_rows / len(labels)), _SEED)
+    chosen = stratified(labels, min(1.0, num_rows / len(labels)), row_hash(len(labels), _SEED))
     if len(labels) <= num_rows:
         chosen[:] = True
     images, start = [], 0

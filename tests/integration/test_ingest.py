@@ -1,19 +1,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from lib.data.direct import read_shard
 from lib.data.ingest import IngestConfig, ingest, ingest_source
 from lib.data.loader import read_splits
 from lib.data.manifest import Ignored, Manifest, load_manifest
-from lib.errors import DataError, StorageError
+from lib.errors import ConfigError, DataError, StorageError
 from lib.storage import Storage
 from tests.data_sources import (
     IDX_FILES,
@@ -307,9 +311,9 @@ def _one_picture_only(folder: Path) -> str:
 
 def _copies(folder: Path) -> str:
     body = (folder / "one" / "0002.png").read_bytes()
-    for number in range(20):
-        (folder / "one" / f"copy{number}.png").write_bytes(body)
-    return r"test rows .*one/\w+.png = one/\w+.png"
+    for file in (folder / "one").iterdir():
+        file.write_bytes(body)
+    return r"class 'one' would have no row in \w+: rows with the same pixels stay on one side"
 
 
 @pytest.mark.parametrize(
@@ -325,6 +329,95 @@ def test_bad_pictures_stop_the_ingest(
     with pytest.raises(DataError, match=message):
         ingest(storage, str(folder))
     _assert_nothing_half_done(storage)
+
+
+def test_copies_of_a_picture_are_in_one_split(tmp_path: Path, storage: Storage) -> None:
+    folder = write_pictures(tmp_path / "p", "train", 20, CLASSES)
+    for file in list((folder / "one").iterdir()):
+        shutil.copy(file, file.with_name(f"copy-{file.name}"))
+    manifest = ingest(storage, str(folder))
+    assert manifest.counts == {"train": (32, 16), "val": (4, 2), "test": (4, 2)}
+    splits = read_splits(storage, manifest, SPLITS)
+    seen = [{image.tobytes() for image in split.images_NHWC} for split in splits.values()]
+    assert sum(map(len, seen)) == len(set.union(*seen))
+
+
+def test_validation_that_is_in_train_stops_the_ingest(tmp_path: Path, storage: Storage) -> None:
+    write_pictures(tmp_path / "p" / "train", "train", 20, CLASSES)
+    write_pictures(tmp_path / "p" / "val", "train", 4, CLASSES, skip=19)
+    write_pictures(tmp_path / "p" / "test", "test", 10, CLASSES)
+    message = r"2 of 8 val rows .*val/one/0000.png = train/one/0019.png"
+    with pytest.raises(DataError, match=message):
+        ingest(storage, str(tmp_path / "p"))
+    _assert_nothing_half_done(storage)
+
+
+def _write_groups(path: Path, splits: dict[str, list[str]]) -> Path:
+    """Parquet files of 20 rows of one digit and 20 of another per patient."""
+    path.mkdir()
+    images, labels = mnist("train")
+    kinds = [np.flatnonzero(labels == digit) for digit in (1, 7)]
+    taken = 0
+    for split, patients in splits.items():
+        rows = np.concatenate([kind[taken : taken + 20 * len(patients)] for kind in kinds])
+        taken += 20 * len(patients)
+        pixels = [image.tobytes() for image in images[rows]]
+        columns = {
+            "image": pa.array(pixels, pa.binary(784)),
+            "label": pa.array(labels[rows] // 7, pa.int64()),
+            "patient": np.tile(np.repeat(patients, 20), 2),
+        }
+        pq.write_table(pa.table(columns), path / f"{split}.parquet")
+    return path
+
+
+def test_rows_of_a_group_are_in_one_split(tmp_path: Path, storage: Storage) -> None:
+    names = [f"p{number}" for number in range(20)]
+    folder = _write_groups(tmp_path / "scans", {"train": names})
+    config = IngestConfig(group="patient", val_fraction=0.2, test_fraction=0.1)
+    manifest = ingest_source(storage, str(folder), config).manifest
+    assert manifest.counts == {"train": (280, 280), "val": (80, 80), "test": (40, 40)}
+    source = pq.read_table(folder / "train.parquet")
+    patient_of = dict(zip(source["image"].to_pylist(), source["patient"].to_pylist(), strict=True))
+    splits = read_splits(storage, manifest, SPLITS)
+    patients = [{patient_of[row.tobytes()] for row in s.images_NHWC} for s in splits.values()]
+    assert list(map(len, patients)) == [14, 4, 2]
+    assert len(set.union(*patients)) == 20
+    # Without the column, patients are on several sides.
+    alone = read_splits(storage, ingest(storage, str(folder)), ["val"])["val"]
+    assert len({patient_of[row.tobytes()] for row in alone.images_NHWC}) > 10
+
+
+def test_a_group_in_two_splits_of_the_source_and_a_missing_column_are_refused(
+    tmp_path: Path, storage: Storage
+) -> None:
+    given = {"train": ["a", "b", "c"], "test": ["d", "b"]}
+    folder = str(_write_groups(tmp_path / "scans", given))
+    with pytest.raises(DataError, match=r"1 groups of 'patient' .*test.parquet row 20 in test"):
+        ingest_source(storage, folder, IngestConfig(group="patient"))
+    with pytest.raises(DataError, match=r"no column 'camera'; it has image, label, patient"):
+        ingest_source(storage, folder, IngestConfig(group="camera"))
+    pictures = write_pictures(tmp_path / "p", "train", 20, CLASSES)
+    with pytest.raises(ConfigError, match="'patient': rows can be grouped in Parquet files only"):
+        ingest_source(storage, str(pictures), IngestConfig(group="patient"))
+    _assert_nothing_half_done(storage)
+
+
+def test_rows_of_a_sorted_source_are_shuffled_over_its_shards(
+    tmp_path: Path, storage: Storage
+) -> None:
+    images, labels = mnist("train")
+    order = np.argsort(labels, kind="stable")
+    files = idx_files()
+    files[TRAIN_IMAGES], files[TRAIN_LABELS] = idx_images(images[order]), idx_labels(labels[order])
+    manifest = ingest(storage, str(write_files(tmp_path / "idx", files)))
+    shards = [shard for shard in manifest.shards if shard.split == "train" and shard.rows > 5000]
+    assert len(shards) == 6
+    shares = np.bincount(labels) / labels.size
+    for shard in shards:
+        found = np.bincount(read_shard(storage, shard)["label"].to_numpy(), minlength=10)
+        # A shard of consecutive rows has two classes.
+        assert np.all(np.abs(found / shard.rows - shares) < 0.08), found
 
 
 def test_duplicates_below_the_threshold_pass(tmp_path: Path, storage: Storage) -> None:

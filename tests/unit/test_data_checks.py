@@ -25,9 +25,9 @@ def test_the_first_of_several_equal_train_rows_is_named() -> None:
 
 def test_duplicates_up_to_the_threshold_pass() -> None:
     pairs = [("test row 1", "train row 2")]
-    checks.check_duplicates(pairs, 100, 0.01)
-    with pytest.raises(DataError, match=r"1 of 99 test rows .* test row 1 = train row 2"):
-        checks.check_duplicates(pairs, 99, 0.01)
+    checks.check_duplicates("val", pairs, 100, 0.01)
+    with pytest.raises(DataError, match=r"1 of 99 val rows .* test row 1 = train row 2"):
+        checks.check_duplicates("val", pairs, 99, 0.01)
 
 
 def test_a_header_cut_off_is_called_truncated() -> None:

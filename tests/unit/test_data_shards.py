@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
+from lib.data import shards
 from lib.data.readers import RawReader
 from lib.data.shards import (
     Chunk,
@@ -18,8 +20,9 @@ from lib.data.shards import (
     pixel_sums,
     process_chunk,
     row_ids,
+    shuffled_slices,
 )
-from lib.errors import StorageError
+from lib.errors import DataError, StorageError
 from lib.storage import Storage
 
 SHAPE = (4, 5, 3)
@@ -34,7 +37,14 @@ def chunk(tmp_path: Path) -> tuple[Storage, Chunk, np.ndarray]:
     reader = RawReader(
         name="raw", root=Storage(str(tmp_path)), path="raw", offset_bytes=4, start=0, stop=50
     )
-    made = Chunk(index=0, shape=SHAPE, labels=labels, targets=targets, reader=reader)
+    made = Chunk(
+        index=0,
+        shape=SHAPE,
+        labels=labels,
+        targets=targets,
+        row_ids=row_ids(images),
+        readers=(reader,),
+    )
     return Storage(str(tmp_path / "storage")), made, images
 
 
@@ -85,7 +95,7 @@ def test_the_same_chunk_again_writes_nothing(chunk: tuple[Storage, Chunk, np.nda
 
 def test_a_part_of_a_reader_reads_its_rows(chunk: tuple[Storage, Chunk, np.ndarray]) -> None:
     _, made, images = chunk
-    part = made.reader.part(10, 30).part(5, 7)
+    part = made.readers[0].part(10, 30).part(5, 7)
     assert np.array_equal(part.read(SHAPE), images[15:17])
     assert part.where(1) == "raw row 16"
 
@@ -102,6 +112,48 @@ def test_equal_images_have_equal_ids() -> None:
 )
 def test_chunks_are_bounded_in_bytes(shape: tuple[int, int, int], rows: int) -> None:
     assert chunk_rows(shape) == rows
+
+
+def test_slices_of_a_sorted_source_are_spread_over_all_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shards, "SLICE_BYTES", 7 * 60)
+    monkeypatch.setattr(shards, "chunk_rows", lambda shape: 100)
+    sizes = [100, 100, 37, 100, 63]
+    chunks = shuffled_slices(sizes, SHAPE)
+    assert [sum(b - a for _, a, b in chunk) for chunk in chunks] == [100] * 4
+    rows = [(index, row) for chunk in chunks for index, a, b in chunk for row in range(a, b)]
+    assert sorted(rows) == [(index, row) for index, size in enumerate(sizes) for row in range(size)]
+    for chunk in chunks:
+        shares = np.bincount([index for index, a, b in chunk for _ in range(a, b)], minlength=5)
+        assert np.all(shares[[0, 1, 3]] < 55), shares
+
+
+def test_a_chunk_of_slices_reads_them_in_their_order(
+    chunk: tuple[Storage, Chunk, np.ndarray],
+) -> None:
+    storage, made, images = chunk
+    rows = np.r_[30:50, 0:30]
+    mixed = replace(
+        made,
+        labels=made.labels[rows],
+        targets=np.zeros(50, np.uint8),
+        row_ids=made.row_ids[rows],
+        readers=tuple(made.readers[0].part(*ends) for ends in ((30, 41), (41, 50), (0, 30))),
+    )
+    table = pq.read_table(io.BytesIO(storage.read(process_chunk(storage, mixed).shards[0].path)))
+    assert b"".join(table["image"].to_pylist()) == images[rows].tobytes()
+    assert table["row_id"].to_pylist() == [row.tobytes() for row in made.row_ids[rows]]
+
+
+def test_a_source_that_changes_between_the_passes_stops_the_ingest(
+    chunk: tuple[Storage, Chunk, np.ndarray],
+) -> None:
+    storage, made, _ = chunk
+    row_ids = made.row_ids.copy()
+    row_ids[17] ^= 1
+    with pytest.raises(DataError, match="raw row 0, or a row after it, .* changed meanwhile"):
+        process_chunk(storage, replace(made, row_ids=row_ids))
 
 
 def test_chunks_end_where_row_groups_do() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from lib.data.manifest import Manifest, Preprocess
 from lib.data.readers import RawReader
-from lib.data.shards import Chunk, process_chunk
+from lib.data.shards import Chunk, process_chunk, row_ids
 from lib.data.splits import row_hash
 from lib.data.stream import EpochStream
 from lib.errors import DataError
@@ -36,7 +36,14 @@ def data(tmp_path: Path) -> tuple[Storage, Manifest, np.ndarray]:
         )
         labels = np.arange(start, stop, dtype=np.int32)
         targets = np.zeros(stop - start, dtype=np.uint8)
-        chunk = Chunk(index=0, shape=SHAPE, labels=labels, targets=targets, reader=reader)
+        chunk = Chunk(
+            index=0,
+            shape=SHAPE,
+            labels=labels,
+            targets=targets,
+            row_ids=row_ids(images[start:stop]),
+            readers=(reader,),
+        )
         shards += process_chunk(storage, chunk).shards
     manifest = Manifest(
         digest="0" * 32,
