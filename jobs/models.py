@@ -9,6 +9,8 @@
     python -m jobs.models fetch 3 DIR               # mlflow.pyfunc.load_model("DIR") loads it
     python -m jobs.models delete 3                  # what would go; --yes removes it
     python -m jobs.models gc                        # what nothing refers to; --yes removes it
+    python -m jobs.models gc --keep-trials 3        # and all but a sweep's best checkpoints
+    python -m jobs.models delete-sweep SWEEP_RUN_ID # what would go; --yes removes it
     python -m jobs.models backup DIR                # --with-data, --with-keys
     python -m jobs.models restore DIR               # into an empty line
 
@@ -123,9 +125,17 @@ def _delete(settings: Settings, storage: Storage, asked: argparse.Namespace) -> 
 def _gc(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
     from lib.registry import garbage, views
 
-    content = garbage.collect(settings, storage, remove=asked.yes)
+    content = garbage.collect(settings, storage, remove=asked.yes, keep_trials=asked.keep_trials)
     views.print_garbage(content)
     return content
+
+
+def _delete_sweep(
+    settings: Settings, storage: Storage, asked: argparse.Namespace
+) -> Mapping[str, Any]:
+    from lib.registry import deletion
+
+    return deletion.delete_sweep(settings, storage, asked.sweep_run_id, remove=asked.yes)
 
 
 def _backup(settings: Settings, storage: Storage, asked: argparse.Namespace) -> Mapping[str, Any]:
@@ -150,6 +160,7 @@ _VERBS: Mapping[str, Callable[[Settings, Storage, argparse.Namespace], Mapping[s
     "fetch": _fetch,
     "delete": _delete,
     "gc": _gc,
+    "delete-sweep": _delete_sweep,
     "backup": _backup,
     "restore": _restore,
 }
@@ -167,7 +178,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=" | ".join(_VERBS))
-    best, listed, show, diff, fetched, deleted, gc, saved, restored = (
+    best, listed, show, diff, fetched, deleted, gc, swept, saved, restored = (
         verbs.add_parser(verb, parents=[everywhere, *([ranking] if verb in _RANKED else [])])
         for verb in _VERBS
     )
@@ -186,6 +197,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         verb.add_argument("folder", type=Path, metavar="DIR")
     deleted.add_argument("--yes", action="store_true", help="delete it")
     gc.add_argument("--yes", action="store_true", help="remove what was found")
+    gc.add_argument(
+        "--keep-trials",
+        type=int,
+        metavar="N",
+        help="keep the checkpoints of a sweep's N best trials and of versions alone",
+    )
+    swept.add_argument("sweep_run_id", help="that jobs.tune printed")
+    swept.add_argument("--yes", action="store_true", help="delete it")
     saved.add_argument("--with-data", action="store_true", help="the images too")
     saved.add_argument(
         "--with-keys",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lib.data.direct import read_shard
-from lib.data.manifest import SPLITS, Manifest
+from lib.data.manifest import SPLITS, Manifest, Shard, manifest_path
 from lib.data.readers import Images
 from lib.errors import DataError
 from lib.storage import Storage
@@ -68,6 +68,31 @@ def describe(storage: Storage, manifest: Manifest) -> dict[str, Any]:
             other.manifest.digest for other in entries if other.manifest.parent == manifest.digest
         ],
     }
+
+
+def own_shards(storage: Storage, manifest: Manifest) -> list[Shard]:
+    """Return the shards that no other data set lists."""
+    others = [entry.manifest for entry in catalog(storage)]
+    shared = {s.path for other in others if other.digest != manifest.digest for s in other.shards}
+    return [shard for shard in dict.fromkeys(manifest.shards) if shard.path not in shared]
+
+
+def remove_set(storage: Storage, manifest: Manifest) -> None:
+    """Delete a data set, the shards that no other one lists, and what was derived from it.
+
+    The manifest goes first: an interrupted call leaves no data set that looks whole.
+    """
+    shards = own_shards(storage, manifest)
+    storage.delete(manifest_path(manifest.digest))
+    for shard in shards:
+        storage.delete(shard.path)
+    storage.delete(f"baseline/{manifest.digest}.json")
+    for path in storage.list("reference"):
+        if path.startswith(f"reference/{manifest.digest}."):
+            storage.delete(path)
+    for path in storage.list("data/sources"):
+        if storage.read_json(path)["digest"] == manifest.digest:
+            storage.delete(path)
 
 
 def ancestors(manifest: Manifest, known: Sequence[Manifest]) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lib.errors import DataError
 from lib.storage import Storage
+
+_log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 LIVE = "live"
@@ -138,8 +141,29 @@ def manifest_path(digest: str) -> str:
     return f"data/sets/{digest}.json"
 
 
+def replacement_path(digest: str) -> str:
+    """Return where the successor is recorded of a data set of which rows were erased."""
+    return f"data/erased/{digest}.json"
+
+
 def load_manifest(storage: Storage, digest: str) -> Manifest:
-    """Read a data set's manifest; a unique prefix of the digest is enough."""
+    """Read a data set's manifest; a unique prefix of the digest is enough.
+
+    Of a data set that was replaced when rows were erased, return that without them, and log so.
+    """
+    # One that was ingested again is itself again.
+    while (
+        digest
+        and not storage.exists(manifest_path(digest))
+        and storage.exists(replacement_path(digest))
+    ):
+        successor = storage.read_json(replacement_path(digest))["digest"]
+        _log.warning(
+            "rows were erased from data set %s; %s, the rest, stands for it",
+            digest[:12],
+            successor[:12],
+        )
+        digest = successor
     if storage.exists(manifest_path(digest)):
         return Manifest.from_json(storage.read_json(manifest_path(digest)))
     known = [path.rsplit("/", 1)[1].removesuffix(".json") for path in storage.list("data/sets")]

@@ -62,6 +62,36 @@ def show_extension(storage: Storage, made: Extension) -> dict[str, Any]:
     return {**made.summary(), "set": show_set(storage, made.manifest, None)}
 
 
+def show_deletion(content: dict[str, Any]) -> dict[str, Any]:
+    """Print what went with a data set, or would go."""
+    print_facts(
+        {
+            "data set": content["digest"],
+            "shards": f"{content['shards']} of its own, {content['shared_shards']} stay for others",
+            "size": size(content["bytes"]),
+        }
+    )
+    print_line("deleted" if content["deleted"] else "nothing was deleted: --yes deletes it")
+    return content
+
+
+def show_erasure(content: dict[str, Any]) -> dict[str, Any]:
+    """Print what was erased, or would be, and what could not."""
+    print_facts(
+        {
+            "log rows": ", ".join(f"{n:,} of {m}" for m, n in content["log_rows"].items()) or "–",
+            "labels": ", ".join(f"{n:,} of {m}" for m, n in content["labels"].items()) or "–",
+            **{f"data set {found['digest'][:_SHORT]}": f"{found['rows']:,} rows"
+               + (f", replaced by {found['new'][:_SHORT]}" if found["new"] else "")
+               for found in content["sets"]},
+        }
+    )  # fmt: skip
+    for line in content["not_erased"]:
+        print_line(f"not erased: {line}")
+    print_line("erased" if content["erased"] else "nothing was erased: --yes erases it")
+    return content
+
+
 def show_set(storage: Storage, manifest: Manifest, pictures: Path | None) -> dict[str, Any]:
     """Print all that is known of a data set; draw samples of its classes if asked to."""
     content = describe(storage, manifest)

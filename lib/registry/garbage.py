@@ -1,7 +1,8 @@
 """What nothing refers to any more: found and listed first, removed when asked to.
 
 Looked through are the storage root and all experiments of the MLflow server. Runs, with their
-parameters and metrics, are never touched; neither are checkpoints that can become a version.
+parameters and metrics, are never touched; neither are checkpoints that can become a version,
+unless fewer trials of a sweep are to be kept.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from mlflow.entities.model_registry import ModelVersion
 
 from lib.cli import progress
 from lib.config import Settings
-from lib.errors import ServingError, StorageError
+from lib.errors import ConfigError, RegistryError, ServingError, StorageError
 from lib.registry.claims import CLAIMS, is_over
-from lib.registry.models import MODEL_NAME_TAG, logged_model_id
+from lib.registry.models import MODEL_NAME_TAG, TRIAL_TAG, logged_model_id
 from lib.registry.removal import GRACE_S, artifact_bytes, remove_artifacts, remove_model
 from lib.registry.server import connect, explained, pages
+from lib.registry.trials import ranked_trials
 from lib.serving import policy
 from lib.serving.bundle import bundle_path
 from lib.serving.client import ServeClient, live_applications
@@ -58,6 +60,8 @@ class Collector:
     client: MlflowClient
     grace_s: float = GRACE_S
     tune_grace_s: float = TUNE_GRACE_S
+    keep_trials: int | None = None
+    """Finished trials of a sweep, the best ones, whose checkpoints stay; None: all."""
     now_s: float = field(default_factory=time.time)
     notes: list[str] = field(default_factory=list)
     """What could not be looked at, and why."""
@@ -70,6 +74,7 @@ class Collector:
             found = [
                 *self._logged_models(experiments, {logged_model_id(v) for v in versions}),
                 *self._checkpoints(experiments, {version.run_id for version in versions}),
+                *self._surplus(experiments, {v.tags.get(TRIAL_TAG) or v.run_id for v in versions}),
                 *self._sweep_state(),
                 *self._half_written(),
                 *self._claims(),
@@ -158,6 +163,23 @@ class Collector:
             if is_over and not seen and self._is_old(ended_s, self.tune_grace_s):
                 yield from self._checkpoint(run)
 
+    def _surplus(self, experiments: list[Experiment], taken: set[str | None]) -> Iterator[Garbage]:
+        """Checkpoints of finished trials beyond those that are to be kept of an ended sweep."""
+        if self.keep_trials is None or not experiments:
+            return
+        ids = [experiment.experiment_id for experiment in experiments]
+        query = "tags.`rayline.kind` = 'sweep' and attributes.status != 'RUNNING'"
+        for sweep in pages(self.client.search_runs, experiment_ids=ids, filter_string=query):
+            digest = sweep.data.tags.get("rayline.data_digest", "")
+            try:
+                trials = ranked_trials(self.client, sweep.info.run_id, digest)
+            except RegistryError:
+                continue  # It has no finished trial.
+            for trial in trials[self.keep_trials :]:
+                run = self.client.get_run(trial.run_id)
+                if trial.run_id not in taken and _COLLECTED_TAG not in run.data.tags:
+                    yield from self._checkpoint(run)
+
     def _checkpoint(self, run: Run) -> Iterator[Garbage]:
         location = f"{run.info.artifact_uri}/checkpoint"
         size_bytes = self._size(f"the checkpoint of run {run.info.run_id}", location)
@@ -172,7 +194,7 @@ class Collector:
         yield Garbage(
             kind="checkpoint",
             what=run.info.run_id,
-            why=f"its trial ended {run.info.status}",
+            why=f"its trial ended {run.info.status}, and is no version",
             size_bytes=size_bytes,
             remove=remove,
         )
@@ -285,14 +307,18 @@ def collect(
     remove: bool,
     grace_s: float = GRACE_S,
     tune_grace_s: float = TUNE_GRACE_S,
+    keep_trials: int | None = None,
 ) -> Mapping[str, Any]:
     """List what nothing refers to, and remove it if asked to; what can't be removed is said."""
+    if keep_trials is not None and keep_trials < 0:
+        raise ConfigError(f"keep_trials={keep_trials}: it is a number of trials, 0 or more")
     collector = Collector(
         settings=settings,
         storage=storage,
         client=connect(settings),
         grace_s=grace_s,
         tune_grace_s=tune_grace_s,
+        keep_trials=keep_trials,
     )
     found, notes = collector.find()
     failed: list[str] = []

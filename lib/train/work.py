@@ -12,7 +12,7 @@ from lib.config import Preset, Settings
 from lib.data.loader import Split, read_splits
 from lib.data.manifest import Manifest, load_manifest
 from lib.data.stream import fits_in_memory
-from lib.errors import SearchError
+from lib.errors import DataError, SearchError
 from lib.registry.trials import CHECKPOINT_PATH
 from lib.storage import Storage
 from lib.train.command import CommandTemplate
@@ -175,6 +175,11 @@ def work_of(storage: Storage, experiment: Experiment, kind: str, spec: Mapping[s
             if name in known
         }
         manifest = load_manifest(storage, spec["data_digest"])
+        if manifest.digest != spec["data_digest"]:
+            raise DataError(
+                f"rows were erased from data set {spec['data_digest']}; start a new sweep with "
+                f"{manifest.digest}"
+            )
         return image_work(
             storage, manifest, Preset(**values), experiment, spec.get("settings") or {}
         )

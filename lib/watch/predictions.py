@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +20,13 @@ import pyarrow.compute as pc
 from lib.errors import ConfigError
 from lib.storage import Storage
 from lib.watch.labels import labels_root, read_labels
-from lib.watch.segments import MAX_US, expire_segments, read_segments, scan_segments
+from lib.watch.segments import (
+    MAX_US,
+    erase_segments,
+    expire_segments,
+    read_segments,
+    scan_segments,
+)
 
 __all__ = ["SCHEMA", "Retention", "expire", "joined", "predictions_root", "read", "read_labels"]
 
@@ -57,9 +65,22 @@ run_id: MLflow run of the version, which its number alone does not tell if a reg
     deleted and made again; null in files of older gateways.
 """
 _ROOT = "predictions"
+_SETTLE_S = 600.0
+"""After which no writer has a file of that time open: it is of five minutes, and flushes late."""
 _EXPIRE_EVERY_S = 86_400.0
 _EARLY_US = 3600 * 10**6
 """Clocks of gateways differ, and who chooses the request id may give the label at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Erased:
+    """What was erased from the log, or would be."""
+
+    rows: Mapping[str, int]
+    """Model → rows of its log."""
+    labels: Mapping[str, int]
+    images: tuple[bytes, ...] = field(repr=False)
+    """Those that the requests had."""
 
 
 def predictions_root(model: str) -> str:
@@ -157,6 +178,63 @@ def expire(storage: Storage, model: str, keep_days: int, *, now: datetime | None
     expired = expire_segments(storage, predictions_root(model), before=before)
     expire_segments(storage, labels_root(model), before=before)
     return expired
+
+
+def erase(
+    storage: Storage,
+    request_ids: Collection[str],
+    is_image: Callable[[bytes], bool],
+    *,
+    remove: bool,
+    now_s: float | None = None,
+) -> Erased:
+    """Erase requests from the logs and labels of all models.
+
+    Args:
+        storage: Where.
+        request_ids: The requests.
+        is_image: Whether a request that asked about this image goes too.
+        remove: Whether they go, or are only counted.
+        now_s: UTC, in seconds since 1970.
+
+    Raises: DataError with exit code `HELD` for a request or a label of the last minutes.
+    """
+    settled_us = int(((now_s or time.time()) - _SETTLE_S) * 1e6)
+    folders = [*storage.folders(_ROOT), *storage.folders(labels_root("").rstrip("/"))]
+    models = sorted({folder.rpartition("/")[2] for folder in folders})
+    ids = set(request_ids)
+
+    def of_image(table: pa.Table) -> pa.ChunkedArray:
+        known = [image is not None and is_image(image) for image in table["image"].to_pylist()]
+        return pc.or_(of_request(table), pa.chunked_array([known], pa.bool_()))
+
+    def of_request(table: pa.Table) -> pa.ChunkedArray:
+        return pc.is_in(table["request_id"], value_set=pa.array(sorted(ids), pa.string()))
+
+    def look(root: str, is_erased: Any, columns: Sequence[str], *, remove: bool) -> pa.Table:
+        return erase_segments(
+            storage, root, is_erased, columns=columns, settled_us=settled_us, remove=remove
+        )
+
+    images: list[bytes] = []
+    for model in models:
+        found = look(predictions_root(model), of_image, ["request_id", "image"], remove=False)
+        # Answers of shadows, and labels, have the id of the request and no image.
+        ids |= set(found["request_id"].to_pylist())
+        images += [image for image in found["image"].to_pylist() if image is not None]
+    rows: dict[str, int] = {}
+    labels: dict[str, int] = {}
+    # Looked for everywhere before anything goes. The labels go first: the log knows their ids.
+    for is_last in (False, True) if remove else (False,):
+        for root, counted in ((labels_root, labels), (predictions_root, rows)):
+            for model in models:
+                found = look(root(model), of_request, ["request_id"], remove=is_last)
+                counted[model] = found.num_rows
+    return Erased(
+        rows={model: number for model, number in rows.items() if number},
+        labels={model: number for model, number in labels.items() if number},
+        images=tuple(images),
+    )
 
 
 class Retention:

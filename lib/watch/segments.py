@@ -8,8 +8,9 @@ one is begun. Nothing has to be merged afterwards, and names tell readers which 
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lib.errors import MissingError
+from lib.errors import HELD, DataError, MissingError
 from lib.storage import Storage
 
 SPAN_US = 300 * 10**6
@@ -100,13 +101,9 @@ def read_segments(
     loaded = list(dict.fromkeys(["time_us", *wanted]))
     paths = list(_paths(storage, root, start_us, end_us))
 
-    def read(path: str) -> pa.Table:
-        with storage.filesystem.open_input_file(storage.path(path)) as stream:
-            return pq.ParquetFile(stream).read(loaded, use_threads=False)
-
     def load(path: str) -> pa.Table | None:
         try:
-            rows = storage.attempt("read", path, lambda: read(path))
+            rows = _read(storage, path, loaded)
         except MissingError:
             # Its time of being kept ended since the folder was listed.
             return None
@@ -137,12 +134,53 @@ def scan_segments(
     A file at a time, so that a long log can be searched in little memory.
     """
     for path in reversed(list(_paths(storage, root, start_us, end_us))):
-        try:
-            with storage.filesystem.open_input_file(storage.path(path)) as stream:
-                yield pq.ParquetFile(stream).read(list(columns), use_threads=False)
-        except FileNotFoundError:
-            # Its time of being kept ended since the folder was listed.
+        with contextlib.suppress(MissingError):  # Its time ended since the folder was listed.
+            yield _read(storage, path, columns)
+
+
+def erase_segments(
+    storage: Storage,
+    root: str,
+    is_erased: Callable[[pa.Table], pa.ChunkedArray],
+    *,
+    columns: Sequence[str],
+    settled_us: int,
+    remove: bool,
+) -> pa.Table:
+    """Erase rows of all writers from their files, and return those rows.
+
+    Args:
+        storage: Where.
+        root: The folder of the files.
+        is_erased: Takes a table of `columns`, and returns which of its rows go.
+        columns: Read of every file.
+        settled_us: Writers may still replace files with later rows: a row that goes from one
+            raises DataError, before any file has changed.
+        remove: Whether the rows go, or are only returned.
+    """
+    chosen = []
+    for path in _paths(storage, root, 0, MAX_US):
+        rows = _read(storage, path, ["time_us", *columns])
+        mask = is_erased(rows)
+        if not pc.any(mask).as_py():
             continue
+        if pc.max(rows["time_us"]).as_py() >= settled_us:
+            raise DataError(
+                f"{path} is of the last minutes, and its writer would write the rows again; run "
+                "the same command again ten minutes after the request",
+                exit_code=HELD,
+            )
+        chosen.append((path, rows, mask))
+    for path, _, mask in chosen if remove else ():
+        rest = _read(storage, path).filter(pc.invert(mask))
+        if rest.num_rows:
+            sink = pa.BufferOutputStream()
+            pq.write_table(rest, sink, compression="zstd", write_statistics=["time_us"])
+            storage.write(path, sink.getvalue())
+        else:
+            storage.delete(path)
+    found = [rows.select(columns).filter(mask) for _, rows, mask in chosen]
+    return pa.concat_tables(found) if found else pa.table({name: [] for name in columns})
 
 
 def expire_segments(storage: Storage, root: str, *, before: date) -> int:
@@ -151,6 +189,14 @@ def expire_segments(storage: Storage, root: str, *, before: date) -> int:
     for folder in old:
         storage.delete_folder(folder)
     return len(old)
+
+
+def _read(storage: Storage, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    def read() -> pa.Table:
+        with storage.filesystem.open_input_file(storage.path(path)) as stream:
+            return pq.ParquetFile(stream).read(columns, use_threads=False)
+
+    return storage.attempt("read", path, read)
 
 
 def _paths(storage: Storage, root: str, start_us: int, end_us: int) -> Iterator[str]:
