@@ -67,7 +67,7 @@ def delete(settings: Settings, storage: Storage, ref: str, *, remove: bool) -> d
             # Somebody may have begun to deploy it.
             refuse_if_needed(settings, storage, version)
         except RefusedError:
-            ready = str(version.ready).lower()
+            ready = found.tags.get(READY_TAG, "false")
             client.set_model_version_tag(version.name, str(version.version), READY_TAG, ready)
             raise
         storage.delete_folder(version.bundle)

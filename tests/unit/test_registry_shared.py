@@ -306,6 +306,13 @@ def test_a_version_in_a_rollout_or_coming_up_is_not_deleted(registry: Registry) 
     with pytest.raises(RefusedError, match="coming up in Serve"):
         delete(settings, storage, "2", remove=True)
 
+    # Begun while the delete was: the version stays as it was.
+    looks = [{}, {f"{MODEL}-v2": {}}]
+    registry.patch.setattr(removal, "live_applications", lambda _: looks.pop(0))
+    with pytest.raises(RefusedError, match="coming up in Serve"):
+        delete(settings, storage, "2", remove=True)
+    assert versions(settings)[1].ready
+
     registry.patch.setattr(removal, "live_applications", lambda _: {})
     assert delete(settings, storage, "2", remove=False)["deleted"] is False
     assert [version.version for version in versions(settings)] == [1, 2]
