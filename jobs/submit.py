@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _submit(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    from lib.config import check_model_name
     from lib.line.layout import Line
     from lib.line.source import absolute_paths
     from lib.line.submission import follow, submit_job
@@ -38,6 +39,11 @@ def _submit(arguments: argparse.Namespace) -> Mapping[str, Any]:
     os.environ.update(line.no_proxy_env(os.environ))
     # The one setting that differs from job to job; the others are the line's.
     model = os.environ.get("RAYLINE_MODEL")
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--model")
+    for name in (model, flags.parse_known_args(arguments.arguments)[0].model):
+        if name:
+            check_model_name(name)
     env = {"RAYLINE_MODEL": model} if model else {}
     words = ["-m", f"jobs.{arguments.verb}", *absolute_paths(arguments.arguments)]
     job_id = submit_job(line, words, env=env)

@@ -46,6 +46,7 @@ def up(data: str, preset: str, model: str | None, *, serve: bool = True) -> Mapp
 
     Without `serve` the pipeline ends with the registry, and a report is written.
     """
+    from lib.config import check_model_name
     from lib.line.layout import Line
     from lib.line.parts import bring_up
     from lib.line.source import default_model, resolve_source
@@ -55,7 +56,7 @@ def up(data: str, preset: str, model: str | None, *, serve: bool = True) -> Mapp
     line = Line.from_env(os.environ)
     os.environ.update(line.no_proxy_env(os.environ))
     source = resolve_source(data)
-    model = model or _model_of_shell(line, source) or default_model(source)
+    model = check_model_name(model or _model_of_shell(line, source) or default_model(source))
     bring_up(line)
     if line.recorded_model() is None:
         line.write_settings(model, source)

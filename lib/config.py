@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from lib.leases.owners import read_limits
 from lib.secrets import refuse_password
 from lib.selector import read_selector
 
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}"
 MAX_BODY_BYTES = 16 * 2**20
 """Of one request for an inference, over HTTP or gRPC."""
 STORAGE_SECRETS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the file that AWS_PROFILE names"
@@ -66,6 +68,7 @@ class Settings:
                 f"RAYLINE_STORAGE={self.storage!r} is relative; give an absolute path or a URI "
                 "such as s3://bucket/rayline"
             )
+        check_model_name(self.model)
         refuse_password("RAYLINE_STORAGE", self.storage, STORAGE_SECRETS)
         refuse_password("MLFLOW_TRACKING_URI", self.mlflow_uri, MLFLOW_SECRETS)
         for name, port in (("HTTP", self.http_port), ("GRPC", self.grpc_port)):
@@ -112,6 +115,16 @@ class Settings:
             owner_limits=env.get("RAYLINE_OWNER_LIMITS") or "",
             serve_cpus=_serve_cpus(env),
         )
+
+
+def check_model_name(name: str) -> str:
+    """Return a model's name; raise ConfigError unless it can be part of paths and queries."""
+    if not re.fullmatch(MODEL_NAME, name):
+        raise ConfigError(
+            f"model name {name!r} may hold only letters, digits, `_`, `.` and `-`, must begin with "
+            "a letter or digit and have at most 200; give another with MODEL=name or RAYLINE_MODEL"
+        )
+    return name
 
 
 def is_loopback(host: str) -> bool:

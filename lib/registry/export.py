@@ -5,7 +5,7 @@ Neither needs the project's code or a pickle to be loaded: uint8 images in, prob
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +14,7 @@ import mlflow
 import mlflow.pytorch
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
@@ -74,7 +75,11 @@ def load_served(checkpoint_file: Path, manifest: Manifest) -> Served:
 
 
 def export(
-    served: Served, example_NHWC: npt.NDArray[np.uint8], folder: Path, run_id: str
+    served: Served,
+    example_NHWC: npt.NDArray[np.uint8],
+    folder: Path,
+    run_id: str,
+    class_names: Sequence[str] = (),
 ) -> Exported:
     """Write MLflow's model folder with the pt2 program, then the ONNX twin of that program.
 
@@ -84,14 +89,27 @@ def export(
     shape = example_NHWC.shape[1:]
     with torch.no_grad():
         num_classes = served(torch.from_numpy(example_NHWC)).shape[1]
+    description = Model(run_id=run_id)
+    # As mlflow.onnx.save_model writes it: `mlflow.onnx.load_model` loads the same folder.
+    description.add_flavor(
+        "onnx",
+        onnx_version=onnx.__version__,
+        data=ONNX_FILE,
+        providers=["CPUExecutionProvider"],
+        onnx_session_options=None,
+        code=None,
+    )
     with quiet():
         mlflow.pytorch.save_model(
             served,
             str(folder),
-            mlflow_model=Model(run_id=run_id),
+            mlflow_model=description,
+            metadata={"class_names": list(class_names)},
             signature=ModelSignature(
                 inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *shape))]),
-                outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, num_classes))]),
+                outputs=Schema(
+                    [TensorSpec(np.dtype(np.float32), (-1, num_classes), "probabilities")]
+                ),
             ),
             input_example=example_NHWC,
             serialization_format="pt2",
@@ -110,7 +128,7 @@ def check_equal(
     Raises RefusedError if one image gets two labels: a version must not answer differently
     with the runtime that happens to serve it.
     """
-    onnx = OnnxPredictor(exported.onnx_file)
+    twin = OnnxPredictor(exported.onnx_file)
     with quiet():
         module = torch.export.load(exported.pt2_file).module()
     labels, probabilities = [], []
@@ -118,9 +136,10 @@ def check_equal(
     for batch in batches:
         with torch.inference_mode():
             pt2_NK = module(torch.from_numpy(np.array(batch.images_NHWC))).numpy()
-        onnx_NK = onnx.predict(batch.images_NHWC)
+        onnx_NK = twin.predict(batch.images_NHWC)
         differing += int((pt2_NK.argmax(axis=1) != onnx_NK.argmax(axis=1)).sum())
-        largest = max(largest, float(np.abs(pt2_NK - onnx_NK).max()))
+        # Unlike `max`, it keeps what is not a number.
+        largest = float(np.maximum(largest, np.abs(pt2_NK - onnx_NK).max()))
         labels.append(batch.labels_N)
         probabilities.append(onnx_NK)
     labels_N = np.concatenate(labels)

@@ -153,6 +153,7 @@ def save(
             pip_requirements=[
                 f"{name}=={version(name)}" for name in ("mlflow", "onnx", "onnxruntime", "numpy")
             ],
+            metadata={"class_names": list(manifest.class_names)},
             save_as_external_data=False,
         )
     return Exported(

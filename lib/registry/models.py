@@ -51,6 +51,8 @@ MODEL_NAME_TAG = "rayline.model"
 CREATED_TAG = "rayline.created_ms"
 """When a restored version was first made: MLflow takes no time of creation."""
 _PAGE = 200
+_TAG_CHARS = 5000
+"""Registries on other databases than SQLite take no more in a tag."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +88,7 @@ class Facts:
     test_macro_f1: float
     val_test_gap: float
     per_class_accuracy: Mapping[str, float]
-    """On the test split."""
+    """On the test split. Of many classes its tag has the worst that fit; the evaluation has all."""
     baseline_val_accuracy: float
     onnx_max_difference: float
     """Largest difference of a probability between the ONNX and the torch export on test."""
@@ -118,6 +120,8 @@ class Facts:
         tags = {}
         for field in fields(Facts):
             value = getattr(self, field.name)
+            if field.name == "per_class_accuracy":
+                value = _worst(value)
             tags[f"rayline.{field.name}"] = value if isinstance(value, str) else json.dumps(value)
         return tags
 
@@ -365,6 +369,20 @@ def download_model(settings: Settings, version: Version, folder: Path) -> Path:
     if not version.onnx_sha256:
         _say_once(f"{which} was registered before digests were kept: its files aren't checked")
     return model
+
+
+def _worst(per_class: Mapping[str, float]) -> Mapping[str, float]:
+    """Return all classes, or the worst of them that fit in a tag."""
+    if len(json.dumps(dict(per_class))) <= _TAG_CHARS:
+        return per_class
+    kept: dict[str, float] = {}
+    chars = 2
+    for name, value in sorted(per_class.items(), key=lambda item: (item[1], item[0])):
+        chars += len(json.dumps({name: value}))
+        if chars > _TAG_CHARS:
+            break
+        kept[name] = value
+    return kept
 
 
 def logged_model_id(version: ModelVersion) -> str | None:

@@ -28,10 +28,12 @@ from lib.registry.baseline import Baseline, check_against, ensure_baseline
 from lib.registry.claims import claimed
 from lib.registry.evaluate import EVALUATION_BATCH, Evaluation, answer, evaluate
 from lib.registry.export import Exported, check_equal, export, load_served
+from lib.registry.model_card import model_card, registered_model_card
 from lib.registry.models import MODEL_NAME_TAG, Facts, Version, survey, way_back
 from lib.registry.removal import GRACE_S, remove_model
 from lib.registry.runtime import Measured, measure_where_served
 from lib.registry.server import download, pages
+from lib.registry.sweep_runs import NOTE_TAG
 from lib.registry.trials import Trial
 from lib.serving.bundle import CARD_FILE, Card, file_sha256
 from lib.serving.predictor import OnnxPredictor
@@ -45,6 +47,8 @@ _PROBE_IMAGES = 512
 _SOME_ROWS = 2000
 """Of a split that does not fit in memory, for what needs examples and not all rows."""
 _METRICS_PER_REQUEST = 500
+_CLASS_METRICS = 100
+"""Classes up to which each one's accuracy is a metric of the run."""
 _TAG_LETTERS = 5000
 
 
@@ -96,14 +100,16 @@ class Publisher:
             self._write_descriptions(exported, facts, evaluation)
             model_id = self._log_model(trial, exported)
         self._log_metrics(trial, model_id, facts, evaluation)
-        return self._create_version(trial, model_id, facts)
+        return self._create_version(trial, model_id, facts, evaluation)
 
     def _export(self, trial: Trial, folder: Path) -> Exported:
         start_s = time.monotonic()
         checkpoint = download(self.settings, trial.checkpoint_uri, folder)
         example_NHWC = self.split("test").images_NHWC[:2].copy()
         served = load_served(checkpoint, self.manifest)
-        exported = export(served, example_NHWC, folder / "model", trial.run_id)
+        exported = export(
+            served, example_NHWC, folder / "model", trial.run_id, self.manifest.class_names
+        )
         seconds = time.monotonic() - start_s
         progress("register", f"trial {trial.run_id}: exported in {seconds:.1f} s")
         return exported
@@ -234,6 +240,8 @@ class Publisher:
         del card["version"]
         _write_json(exported.folder / CARD_FILE, card)
         _write_json(exported.folder / EVALUATION_FILE, on_test.to_json(manifest.class_names))
+        about = model_card(self.settings, facts, on_test, manifest, ".")
+        (exported.folder / "README.md").write_text(about + "\n")
 
     def _log_model(self, trial: Trial, exported: Exported) -> str:
         # In steps, not by mlflow.pytorch.log_model: that would export once more, so what was
@@ -271,7 +279,9 @@ class Publisher:
         for name, rates in facts.images_per_s.items():
             values |= {f"images_per_s/{name}_batch_{size}": rate for size, rate in rates.items()}
         # By number: MLflow takes no metric names with all the letters that a class may have.
-        for index, name in enumerate(self.manifest.class_names):
+        # Of many classes there would be thousands on each run: EVALUATION_FILE has them all.
+        few = len(self.manifest.class_names) <= _CLASS_METRICS
+        for index, name in enumerate(self.manifest.class_names if few else ()):
             if name in on_test.per_class_accuracy:
                 values[f"test_accuracy_class/{index}"] = on_test.per_class_accuracy[name]
         now_ms = int(time.time() * 1000)
@@ -295,16 +305,25 @@ class Publisher:
             trial.run_id, on_test.to_json(self.manifest.class_names), EVALUATION_FILE
         )
 
-    def _create_version(self, trial: Trial, model_id: str, facts: Facts) -> Version:
+    def _create_version(
+        self, trial: Trial, model_id: str, facts: Facts, on_test: Evaluation
+    ) -> Version:
         name = self.settings.model
+        about = registered_model_card(self.settings, self.manifest)
         try:
-            self.client.create_registered_model(name)
+            self.client.create_registered_model(name, description=about)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+            if not self.client.get_registered_model(name).description:
+                self.client.update_registered_model(name, about)
+        source = f"models:/{model_id}"
+        card = model_card(self.settings, facts, on_test, self.manifest, source)
+        self.client.set_tag(trial.run_id, NOTE_TAG, card)
         created = self.client.create_model_version(
             name,
-            source=f"models:/{model_id}",
+            source=source,
+            description=card,
             run_id=trial.run_id,
             model_id=model_id,
             tags=facts.to_tags(),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -21,6 +22,8 @@ from lib.storage import Storage
 
 PACKAGES = ("ray", "torch", "torchvision", "mlflow", "optuna", "numpy", "pyarrow")
 """Packages whose version can change what a trial learns; recorded on every run."""
+NOTE_TAG = "mlflow.note.content"
+"""What MLflow's UI shows as the description of a run, in Markdown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +33,7 @@ class SweepRun:
     run_id: str
     experiment_id: str
     tags: Mapping[str, str]
+    inputs: Sequence[DatasetInput] = ()
 
 
 def start_sweep(
@@ -50,24 +54,25 @@ def start_sweep(
     client = connect_quietly(settings)
     group = f"rayline/{settings.model}"
     common = {**_common_tags(manifest), **tags}
+    inputs = _dataset_inputs(storage, manifest) if manifest else []
     with explained(settings, "starting the record of a sweep"):
         experiment_id = ensure_experiment(client, group)
         run = client.create_run(
             experiment_id,
             run_name=f"sweep-{name}-{time.strftime('%Y%m%d-%H%M%S')}",
-            tags={**common, "rayline.kind": "sweep"},
+            tags={**common, "rayline.kind": "sweep", NOTE_TAG: _about(name, facts)},
         )
         run_id = run.info.run_id
         client.log_batch(run_id, params=as_params(facts))
         client.log_text(run_id, json.dumps(experiment, indent=2), "experiment.json")
         if manifest is not None:
-            client.log_inputs(run_id, [_dataset_input(storage, manifest)])
+            client.log_inputs(run_id, inputs)
         code = provenance.current()
         if code.diff:
             client.log_text(run_id, code.diff, "provenance/uncommitted.patch")
         # Beside MLflow, which has no login: what `reproduce` takes a diff from there by.
         storage.write_json(code_path(run_id), {"diff_sha256": code.diff_sha256})
-    return SweepRun(run_id=run_id, experiment_id=experiment_id, tags=common)
+    return SweepRun(run_id=run_id, experiment_id=experiment_id, tags=common, inputs=inputs)
 
 
 def code_path(sweep_run_id: str) -> str:
@@ -86,11 +91,17 @@ def reopen_sweep(settings: Settings, sweep_run_id: str) -> SweepRun:
         name: value
         for name, value in run.data.tags.items()
         if (name.startswith("rayline.") and name not in ("rayline.kind", "rayline.record_complete"))
-        or name in ("mlflow.source.git.commit", "mlflow.user")
+        or name.startswith("mlflow.source.")
+        or name == "mlflow.user"
     }
     # The runs that are still to be opened are of the code that runs now.
     common |= _common_tags(None)
-    return SweepRun(run_id=sweep_run_id, experiment_id=run.info.experiment_id, tags=common)
+    return SweepRun(
+        run_id=sweep_run_id,
+        experiment_id=run.info.experiment_id,
+        tags=common,
+        inputs=run.inputs.dataset_inputs if run.inputs else (),
+    )
 
 
 def connect_quietly(settings: Settings) -> MlflowClient:
@@ -109,16 +120,43 @@ def _common_tags(manifest: Manifest | None) -> dict[str, str]:
         "rayline.git_diff_sha256": code.diff_sha256,
         "rayline.owner": code.owner,
         "mlflow.source.git.commit": code.commit,
+        "mlflow.source.name": _source_name(),
+        "mlflow.source.type": "LOCAL",
         "mlflow.user": code.owner,
         **{f"rayline.package.{name}": version(name) for name in PACKAGES},
     }
     return {name: value for name, value in tags.items() if value}
 
 
-def _dataset_input(storage: Storage, manifest: Manifest) -> DatasetInput:
+def _source_name() -> str:
+    """Return what runs: a module by its name, a script by its file's."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else os.path.basename(sys.argv[0])
+
+
+def _about(name: str, facts: Mapping[str, Any]) -> str:
+    return (
+        f"Search `{name}` for {facts.get('objectives', 'its objective')}, by "
+        f"{facts.get('sampler', '?')} with {facts.get('scheduler', '?')}. Each child run is a "
+        "trial: its curves by epoch, its best epoch as `best/…`, its net below `checkpoint`. "
+        "`python -m jobs.models best --sweep RUN_ID --rank N` finds one, `--fetch DIR` makes it a "
+        "version; `python -m jobs.register --sweep RUN_ID` registers the best."
+    )
+
+
+def _dataset_inputs(storage: Storage, manifest: Manifest) -> list[DatasetInput]:
+    """Return the data set as it is trained on, and as trials are compared on."""
+    # MLflow drops the second of two inputs with the same name and digest.
+    return [
+        _dataset_input(storage, manifest, "", "training"),
+        _dataset_input(storage, manifest, "/val", "validation"),
+    ]
+
+
+def _dataset_input(storage: Storage, manifest: Manifest, suffix: str, context: str) -> DatasetInput:
     scheme, separator, _ = storage.uri.partition("://")
     dataset = Dataset(
-        name=manifest.source.rstrip("/").rsplit("/", 1)[-1],
+        name=manifest.source.rstrip("/").rsplit("/", 1)[-1] + suffix,
         digest=manifest.digest,
         source_type=scheme if separator else "local",
         source=json.dumps({"uri": f"{storage.uri}/{manifest_path(manifest.digest)}"}),
@@ -130,7 +168,7 @@ def _dataset_input(storage: Storage, manifest: Manifest) -> DatasetInput:
             }
         ),
     )
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
 
 def as_params(values: Mapping[str, Any]) -> list[Param]:

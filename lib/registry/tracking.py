@@ -295,6 +295,8 @@ class SweepRecord:
                 self._sweep.experiment_id, run_name=unsent.name, tags=tags
             )
             found = run.info.run_id
+        if self._sweep.inputs:
+            self._client.log_inputs(found, list(self._sweep.inputs))
         self._run_ids[trial] = found
         self._noted(trial, found)
         return found

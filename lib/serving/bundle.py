@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from lib.cli import progress
+from lib.config import MODEL_NAME
 from lib.data.manifest import Preprocess
 from lib.errors import REFUSED, StorageError
 from lib.storage import Storage
@@ -95,7 +96,7 @@ def bundle_path(name: str, version: int, run_id: str) -> str:
     The run is part of the name: a registry that starts again at version 1 must not meet the files
     of an older version 1.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+    if not re.fullmatch(MODEL_NAME, name):
         raise StorageError(f"model name {name!r} may hold only letters, digits, `_`, `.` and `-`")
     return f"models/{name}/{version}-{run_id[:8]}"
 

@@ -30,10 +30,11 @@ from lib.errors import RefusedError, RegistryError
 from lib.registry import publish
 from lib.registry.baseline import baseline_path
 from lib.registry.export import Exported, check_equal, export, load_served
+from lib.registry.fetch import fetch
 from lib.registry.models import Version, ensure_bundle, resolve, versions
 from lib.registry.registration import register
 from lib.serving.bundle import ONNX_FILE, PT2_FILE, read_card
-from lib.serving.predictor import TorchPredictor, load_predictor
+from lib.serving.predictor import OnnxPredictor, TorchPredictor, load_predictor
 from lib.storage import Storage
 from lib.train.loop import Examples, TrainConfig, Trainer
 from lib.train.model import ModelConfig
@@ -256,6 +257,33 @@ def test_a_version_is_whole_without_the_project_and_equal_in_every_form(
         assert np.array_equal(probabilities.argmax(axis=1), pyfunc.argmax(axis=1))
         assert np.allclose(probabilities, pyfunc, atol=1e-5)
     assert 0 <= version.onnx_max_difference < 1e-4
+
+
+def test_the_registry_says_what_a_version_is_and_onnx_and_class_names_travel_with_it(
+    line: Line, registered: Registered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, version, client = registered.settings, registered.versions[0], registered.client
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.mlflow_uri)
+    about = client.get_model_version(settings.model, "1").description
+    for words in (line.manifest.digest, f"{version.test_accuracy:.4f}", "1,000 test", "curl"):
+        assert words in about
+    assert client.get_run(version.run_id).data.tags["mlflow.note.content"] == about
+    assert "10 classes: 0, 1" in client.get_registered_model(settings.model).description
+
+    uri = f"models:/{settings.model}/1"
+    folder = fetch(settings, "1", tmp_path / "m")["folder"]
+    assert version.sweep_run_id in (tmp_path / "m" / "README.md").read_text()
+    expected = load_predictor(line.storage, version.bundle, card(line, version))
+    images = line.test.images_NHWC[:3]
+    for place in (uri, folder):
+        graph = mlflow.onnx.load_model(place)
+        (tmp_path / "model.onnx").write_bytes(graph.SerializeToString())
+        found = OnnxPredictor(tmp_path / "model.onnx").predict(images)
+        assert np.array_equal(found.argmax(axis=1), expected.predict(images).argmax(axis=1))
+    model = mlflow.pyfunc.load_model(folder)
+    assert model.metadata.metadata["class_names"] == list(line.manifest.class_names)
+    assert [output.name for output in model.metadata.signature.outputs] == ["probabilities"]
+    assert model.predict(images).shape == (3, 10)
 
 
 def test_splits_that_do_not_fit_in_memory_are_measured_from_their_shards(

@@ -117,7 +117,11 @@ def test_a_sweep_and_its_trials_are_recorded(
     assert parent.data.metrics["val_accuracy"] == pytest.approx(result.trials[0].value)
 
     assert len(trials) == len(result.trials) == 3
+    assert "--sweep RUN_ID" in parent.data.tags["mlflow.note.content"]
     for run in trials:
+        inputs = {i.tags[0].value: i.dataset.digest for i in run.inputs.dataset_inputs}
+        assert inputs == dict.fromkeys(("training", "validation"), data.manifest.digest)
+        assert run.data.tags["mlflow.source.name"]
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.tags["rayline.data_digest"] == data.manifest.digest

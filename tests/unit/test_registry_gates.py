@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import jobs.submit
+import jobs.up
 from lib.config import Settings, preset
-from lib.errors import RefusedError, RegistryError
-from lib.registry import registration, runtime
+from lib.data.stream import Batch
+from lib.errors import ConfigError, RefusedError, RegistryError
+from lib.registry import export, registration, runtime
 from lib.registry.baseline import Baseline, check_against, train_baseline
 from lib.registry.evaluate import evaluate
-from lib.registry.models import Facts, Version
+from lib.registry.models import Facts, Version, _worst
 from lib.registry.registration import choose_aliases
 from lib.registry.runtime import Measured
 from lib.registry.trials import ranked_trials
@@ -330,3 +336,54 @@ def test_a_version_reads_back_from_its_tags(commit: str | None) -> None:
     del found.tags["rayline.runtime"]
     with pytest.raises(RegistryError, match=r"version 3 .* not made by `jobs.register`"):
         Version.from_mlflow(found, ())
+
+
+def test_accuracies_of_many_classes_fit_in_a_tag_and_the_worst_stay() -> None:
+    many = {f"class {index} {'x' * 40}": index / 1000 for index in range(1000)}
+    kept = _worst(many)
+    assert len(json.dumps(kept)) <= 5000
+    assert list(kept) == list(many)[: len(kept)]
+    few = {"b": 0.5, "a": 0.9}
+    assert _worst(few) is few
+
+
+@pytest.mark.parametrize("name", ["My Model", "a/b", "", "-x", "x" * 201, "O'Neill"])
+def test_a_name_that_no_version_can_have_is_refused_by_the_settings_at_once(name: str) -> None:
+    with pytest.raises(ConfigError, match="model name"):
+        Settings(storage="/s", mlflow_uri="http://m", model=name)
+
+
+def test_a_model_that_answers_no_number_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = np.array([[np.nan, 0.1]], dtype=np.float32)
+    onnx = SimpleNamespace(predict=lambda images: answer)
+    pt2 = SimpleNamespace(module=lambda: lambda images: torch.from_numpy(answer))
+    monkeypatch.setattr(export, "OnnxPredictor", lambda file: onnx)
+    monkeypatch.setattr(torch.export, "load", lambda file: pt2)
+    batch = Batch(images_NHWC=np.zeros((1, 2, 2, 1), np.uint8), labels_N=np.zeros(1, np.int64))
+    with pytest.raises(RefusedError, match="refused"):
+        export.check_equal(export.Exported(folder=tmp_path), [batch], "run")
+
+
+@pytest.mark.parametrize("call", ["up", "submit", "submit --model"])
+def test_a_bad_model_name_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("it began to work")
+
+    monkeypatch.setenv("RAYLINE_HOME", str(tmp_path))
+    monkeypatch.setattr("lib.line.parts.bring_up", work)
+    monkeypatch.setattr("lib.line.submission.submit_job", work)
+    words = ["--model", "My Model"] if "--model" in call else []
+    if call == "submit":
+        monkeypatch.setenv("RAYLINE_MODEL", "My Model")
+    flags = argparse.Namespace(verb="tune", arguments=words)
+    start: Callable[[], Any] = (
+        partial(jobs.up.up, "mnist", "quick", "My Model")
+        if call == "up"
+        else partial(jobs.submit._submit, flags)
+    )
+    with pytest.raises(ConfigError, match="'My Model' may hold only"):
+        start()
