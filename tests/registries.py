@@ -16,7 +16,7 @@ from lib.registry.evaluate import Evaluation
 from lib.registry.export import Exported
 from lib.registry.models import READY_TAG, Facts, Version, ensure_bundle
 from lib.registry.publish import Publisher
-from lib.registry.trials import Trial
+from lib.registry.trials import ACCURACY, Trial
 from lib.serving import policy
 from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
@@ -107,7 +107,10 @@ class Registry:
             run_id=run.info.run_id,
             sweep_run_id=self.sweep,
             experiment_id=self.experiment,
-            val_accuracy=0.9,
+            data_digest=DIGEST,
+            objective=ACCURACY,
+            metrics={"val_accuracy": 0.9},
+            created_ms=run.info.start_time,
             checkpoint_uri="",
             git_commit=None,
             git_dirty=False,
