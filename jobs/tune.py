@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--objectives",
         metavar="METRIC[,METRIC]",
         help="val_accuracy, val_loss, num_parameters, latency_ms (of the exported model); "
-        "val_accuracy if left out; trials are ranked by the first, if equal by the next, and "
-        "stopped early by the first that training changes",
+        "val_accuracy if left out; trials are ranked and stopped early by the first that training "
+        "changes",
     )
     parser.add_argument("--seed", type=int, help="of the sampler and of training; 0 if left out")
     parser.add_argument("--experiment", metavar="FILE", help="Katib's, kubeflow.org/v1beta1")

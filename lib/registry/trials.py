@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Run
 from mlflow.exceptions import MlflowException
 
+from lib.cli import progress
 from lib.config import Settings
 from lib.errors import RegistryError
 from lib.registry.server import connect, ensure_experiment, explained
@@ -128,7 +129,11 @@ def _objective(tags: Mapping[str, str]) -> Objective:
     """Return the first objective of a sweep that training changes."""
     if OBJECTIVES_TAG not in tags:
         return ACCURACY
-    return varying([Objective(**fields) for fields in json.loads(tags[OBJECTIVES_TAG])])
+    try:
+        return varying([Objective(**fields) for fields in json.loads(tags[OBJECTIVES_TAG])])
+    except (ValueError, TypeError, StopIteration):
+        progress("registry", f"ranked by val_accuracy: tag {OBJECTIVES_TAG} of a sweep is damaged")
+        return ACCURACY
 
 
 def _trial(run: Run, sweep: Run | None = None) -> Trial:

@@ -176,8 +176,12 @@ def varying(objectives: Sequence[Objective]) -> Objective:
 
 
 def rank_key(objectives: Sequence[Objective], metrics: Mapping[str, float]) -> tuple[float, ...]:
-    """Return what sorts results best first: by the first objective, if equal by the next."""
+    """Return what sorts results best first.
+
+    That is by the first objective that training changes, if equal by the next, and by constant
+    ones, such as the size of a net, last: the smallest net is not the best because it is small.
+    """
     return tuple(
         -metrics[each.metric] if each.goal == MAXIMIZE else metrics[each.metric]
-        for each in objectives
+        for each in sorted(objectives, key=lambda each: each.constant)
     )
