@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
+import tempfile
 from pathlib import Path
+
+import psutil
 
 from lib.line import ports
 from lib.line.ports import OFFSET_VARIABLE, PORTS, variable
 
 OBJECT_STORE_BYTES = 300 * 2**20
+_RESERVED = Path(tempfile.gettempdir(), f"rayline-test-ports-{os.getuid()}")
+"""Process and port, a line each: a line that is about to start has not bound its ports yet."""
 _GIVEN_BY_USER = (
     "RAY_ADDRESS",
     "RAY_API_SERVER_ADDRESS",
@@ -57,9 +63,30 @@ def clean_env() -> dict[str, str]:
 
 
 def free_offset() -> int:
-    """Return an offset at which every port of a line is free."""
+    """Return an offset at which every port of a line is free, and no other test run's.
+
+    The offsets of two workers lie 1,000 apart, as far as a line's ranges of ports reach.
+    """
     # Below 2,700 the replicas' ports stay under those that the system gives to clients.
-    offset = ports.free_offset(random.SystemRandom().sample(range(101, 1700), 200))
-    if offset is None:
-        raise RuntimeError("no free ports for a line of the tests")
+    first = 1701 if os.environ.get("PYTEST_XDIST_WORKER", "gw0").endswith("1") else 101
+    with _RESERVED.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        rows = [(int(pid), int(port)) for pid, port in map(str.split, file)]
+        rows = [(pid, port) for pid, port in rows if psutil.pid_exists(pid)]
+        others = {port for pid, port in rows if pid != os.getpid()}
+        offset = ports.free_offset(
+            offset
+            for offset in random.SystemRandom().sample(range(first, first + 600), 200)
+            if not others & _ports(offset)
+        )
+        if offset is None:
+            raise RuntimeError("no free ports for a line of the tests")
+        rows += [(os.getpid(), port) for port in _ports(offset)]
+        file.truncate(0)
+        file.writelines(f"{pid} {port}\n" for pid, port in rows)
     return offset
+
+
+def _ports(offset: int) -> set[int]:
+    return set(ports.read_ports({OFFSET_VARIABLE: str(offset)}, {}).values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import http.client
 import json
 import os
 import re
@@ -145,7 +146,9 @@ def answers(url: str, timeout_s: float = 5.0) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=timeout_s) as response:
             return bool(response.status == 200)
-    except (OSError, urllib.error.HTTPError, ValueError):
+    except (OSError, http.client.HTTPException, ValueError):
+        # Not always a server: a connection to a port of this machine that clients get, too, may be
+        # made with itself, and answers with its own request.
         return False
 
 

@@ -289,7 +289,7 @@ def test_a_trial_of_any_rank_is_shown_and_becomes_a_version_when_it_is_fetched(
             shelf.client.set_registered_model_alias(MODEL, "challenger", aliases["challenger"])
         else:
             shelf.client.delete_registered_model_alias(MODEL, "challenger")
-        delete(shelf.settings, shelf.storage, str(found["version"]))
+        delete(shelf.settings, shelf.storage, str(found["version"]), remove=True)
 
 
 def test_a_refusal_by_rank_names_rank_and_trial_and_a_rank_too_many_says_how_many(

@@ -177,6 +177,7 @@ def test_two_registrations_of_a_trial_leave_one_whole_version(
     assert only.version == made.version == others[0].version
     assert sorted(file.name for file in registry.files_of(only).iterdir()) == [
         "MLmodel",
+        "README.md",
         "card.json",
         "data",
         "evaluation.json",

@@ -21,7 +21,7 @@ def deploys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Steps before the last one that do nothing, and a list of the deploys."""
     made: list[str] = []
     manifest = SimpleNamespace(digest="d" * 64, counts={"train": (1, 1), "test": (1,)})
-    ingested = SimpleNamespace(manifest=manifest, reused=False, seconds=1.0)
+    ingested = SimpleNamespace(manifest=manifest, reused=False, seconds=1.0, ignored=())
     result = {"sweep_run_id": "run-1", "num_trials": 3}
     sweep = Step(name="tune", digest="x", result=result, seconds=1.0, reused=True)
     version = SimpleNamespace(version=4, test_accuracy=0.98765, val_accuracy=0.99)
