@@ -135,8 +135,9 @@ def _parts(source: Storage, paths: Sequence[str]) -> list[Part]:
             metadata = open_parquet(source, path).metadata
             first_row = 0
             for group in range(metadata.num_row_groups):
-                ranges.append(((path,), group, first_row))
-                first_row += metadata.row_group(group).num_rows
+                if num_rows := metadata.row_group(group).num_rows:
+                    ranges.append(((path,), group, first_row))
+                first_row += num_rows
     else:
         for start in range(0, len(paths), PICTURES_PER_PART):
             ranges.append((tuple(paths[start : start + PICTURES_PER_PART]), None, 0))

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.errors import ConfigError
+from lib.line.layout import PROJECT_ROOT
 
 BUNDLED = "mnist"
 _DOWNLOADED = "torchvision:"
-_PATH_FLAGS = {"--source", "--input", "--output", "--uri"}
+_PATH_FLAGS = {"--source", "--input", "--output", "--uri", "--experiment"}
 
 
 def resolve_source(data: str) -> str:
@@ -34,13 +35,28 @@ def absolute_paths(arguments: Sequence[str]) -> list[str]:
     """Return a job's arguments with the user's relative paths made absolute.
 
     A job runs in a copy of the project, so `photos` must still mean the folder that the user sees.
+    Both `--source photos` and `--source=photos` are understood. An experiment file of the project
+    is named from its top, since it travels with the code.
     """
-    result = list(arguments)
-    for index, argument in enumerate(result[1:], start=1):
-        is_name = ":/" in argument or argument == BUNDLED or argument.startswith(_DOWNLOADED)
-        if result[index - 1] in _PATH_FLAGS and not is_name:
-            result[index] = str(Path(argument).expanduser().resolve())
+    result = []
+    for index, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag in _PATH_FLAGS and equals:
+            result.append(f"{flag}={_absolute(flag, value)}")
+        elif index and arguments[index - 1] in _PATH_FLAGS:
+            result.append(_absolute(arguments[index - 1], argument))
+        else:
+            result.append(argument)
     return result
+
+
+def _absolute(flag: str, value: str) -> str:
+    if ":/" in value or value == BUNDLED or value.startswith(_DOWNLOADED):
+        return value
+    path = Path(value).expanduser().resolve()
+    if flag == "--experiment" and path.is_relative_to(PROJECT_ROOT):
+        return str(path.relative_to(PROJECT_ROOT))
+    return str(path)
 
 
 def default_model(source: str) -> str:

@@ -148,7 +148,12 @@ def test_encoded_pictures_in_parquet_are_named_by_row(
     files = sorted(_pictures(tmp_path / "in", 20).rglob("*.*"))
     bodies = [path.read_bytes() for path in files]
     (tmp_path / "table").mkdir()
-    pq.write_table(pa.table({"image": bodies}), tmp_path / "table" / "a.parquet", row_group_size=8)
+    table = pa.table({"image": bodies})
+    with pq.ParquetWriter(tmp_path / "table" / "a.parquet", table.schema) as file:
+        # A group without rows, as some writers leave one.
+        for start, stop in ((0, 8), (8, 8), (8, 16), (16, 20)):
+            file.write_table(table.slice(start, stop - start), row_group_size=8)
+    assert pq.ParquetFile(tmp_path / "table" / "a.parquet").num_row_groups == 4
     result = score(storage, bundle, str(tmp_path / "table"), str(tmp_path / "out"))
     assert (result.rows, result.parts) == (20, 3)
     table = _read(tmp_path / "out")

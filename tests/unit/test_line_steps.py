@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lib.errors import ConfigError
+from lib.line.layout import PROJECT_ROOT
 from lib.line.source import absolute_paths, default_model, resolve_source
 from lib.steps import run_step
 from lib.storage import Storage
@@ -103,3 +104,8 @@ def test_a_job_finds_the_paths_that_its_user_meant(
     assert absolute_paths(["--source", "mnist"]) == ["--source", "mnist"]
     assert absolute_paths(["--uri", "models:/theirs/3"]) == ["--uri", "models:/theirs/3"]
     assert absolute_paths(["--uri", "model"]) == ["--uri", str(tmp_path / "model")]
+    assert absolute_paths(["--source=photos"]) == [f"--source={tmp_path / 'photos'}"]
+    own = ["--experiment", "search.yaml"]
+    assert absolute_paths(own) == ["--experiment", str(tmp_path / "search.yaml")]
+    monkeypatch.chdir(PROJECT_ROOT / "lib")
+    assert absolute_paths(own) == ["--experiment", "lib/search.yaml"]
