@@ -31,6 +31,7 @@ with open(os.environ["RAY_AUTH_TOKEN_PATH"], "w") as token:
     token.write(os.urandom(32).hex())
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give workers whole files, since these share servers; and all tests of the one line together.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 # Package → names of the program that tests look for; one of them is enough.
 PACKAGES = {
     "chromium": ("chromium", "chromium-browser", "google-chrome"),
+    "curl": ("curl",),
     "iproute2": ("ip",),
     "postgresql": ("initdb",),
     "prometheus": ("prometheus",),

@@ -80,7 +80,8 @@ def write_subset(folder: Path, num_train: int = NUM_TRAIN, num_test: int = NUM_T
     return folder
 
 
-@pytest.fixture(scope="session")
+# Not for the session: a line that is up takes a third of a core from the tests that follow.
+@pytest.fixture(scope="package")
 def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveLine]:
     root = tmp_path_factory.mktemp("e2e")
     env = line_env(root / "home")

@@ -18,6 +18,7 @@ import requests
 from PIL import Image
 
 from lib.line.layout import PROJECT_ROOT
+from tests import programs
 from tests.data_sources import mnist
 from tests.e2e.conftest import LiveLine
 
@@ -56,6 +57,7 @@ def test_up_says_what_it_did_and_where_everything_is(line: LiveLine) -> None:
     places = ("predict", "console", "docs", "Ray dashboard", "MLflow")
     for expected in ("champion", "on test", *places, "curl"):
         assert expected in line.up_output
+    programs.require("curl")
     curl = next(text.strip() for text in line.up_output.splitlines() if text.strip()[:5] == "curl ")
     pasted = subprocess.run(["bash", "-c", f"{curl} --fail -s"], capture_output=True, check=True)
     assert json.loads(pasted.stdout)["label"] in "0123456789"

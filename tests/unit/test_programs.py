@@ -21,8 +21,8 @@ def script(folder: Path, name: str, content: str = "exit 0") -> None:
 
 @pytest.fixture
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An ordinary user whose PATH has apt-get, and of all the programs only `ip` and `wrk`."""
-    for name in ("apt-get", "ip", "wrk"):
+    """An ordinary user whose PATH has apt-get, and of all the programs only `curl`, `ip` and `wrk`."""
+    for name in ("apt-get", "curl", "ip", "wrk"):
         script(tmp_path, name)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
