@@ -21,7 +21,7 @@ def script(folder: Path, name: str, content: str = "exit 0") -> None:
 
 @pytest.fixture
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An ordinary user whose PATH has apt-get, and of all the programs only `curl`, `ip` and `wrk`."""
+    """An ordinary user with apt-get, and of all the programs only `curl`, `ip` and `wrk`."""
     for name in ("apt-get", "curl", "ip", "wrk"):
         script(tmp_path, name)
     monkeypatch.setenv("PATH", str(tmp_path))
