@@ -33,7 +33,7 @@ programs: .venv/.installed
 	@$(BIN)/python -m tests.programs
 
 test: programs lint ## all tests: unit, integration, end to end; installs the system packages that they need
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 drill: programs lint ## what takes minutes a test: rollouts, kills in the middle of a sweep, Katib files
 	@$(BIN)/python -m pytest -m long
