@@ -46,10 +46,12 @@ def test_packages_are_installed_again_for_another_device_or_place(
     (tmp_path / "show.mk").write_text(
         f"include {ROOT / 'Makefile'}\n$(info $(WANTED) [$(STALE)])\n"
     )
-    command = ["make", "-n", "-f", "show.mk", "help"]
+    # Started by `make test` it would be a sub-make, which inherits flags and names its folder.
+    command = ["make", "--no-print-directory", "-n", "-f", "show.mk", "help"]
     done = subprocess.run(
         [*command, *([f"DEVICE={given}"] if given else [])],
         cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k not in {"DEVICE", "MAKEFLAGS", "MAKELEVEL"}},
         capture_output=True,
         text=True,
         check=True,
