@@ -285,6 +285,9 @@ class Line:
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             # HAProxy that crashed answers again after 8 s (measured); with the default, after 33.
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+            # Ray kills a proxy that has not started after this, and serve.start fails with it. The
+            # default, 5 s, is too short for a machine that is busy.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "45",
             # For each request HAProxy would tell a Python process, and a syslog that isn't there,
             # which costs a fifth of the answer; the gateway counts its requests itself.
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
