@@ -8,7 +8,8 @@
 # Debian 12 with its own Python 3.11 stands in for the base image, and one root for both stages.
 # DEVICE=gpu is the default here, since the pins as they are need no other index than the usual one.
 # --clone: a newcomer's machine with Python, git and make; first an ordinary user without sudo, for
-# whom the tests of missing programs are skipped, then root, for whom they are installed.
+# whom the tests of missing programs are skipped, then root, for whom they are installed. With the
+# name of one of the two, `newcomer` or `root`, after the folder: only that one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -95,8 +96,8 @@ if [ -n "$clone" ]; then
   environment=("${environment[@]:1}")  # What DEVICE is, make decides.
   base git,make
   chroot "$root" useradd --create-home newcomer
-  newcomer newcomer /home/newcomer
-  newcomer root /root
+  [ "${2:-}" = root ] || newcomer newcomer /home/newcomer
+  [ "${2:-}" = newcomer ] || newcomer root /root
   say "make up, make down and make test pass in fresh clones in $root"
   exit 0
 fi
