@@ -65,8 +65,9 @@ def run(
         except RaylineError as error:
             _print_error(error, for_people=for_people, only_json=only_json)
             sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on from what is there", file=sys.stderr)
+        except KeyboardInterrupt as error:
+            next_step = str(error) or "the same command goes on from what is there"
+            print(f"\ninterrupted; {next_step}", file=sys.stderr)
             sys.exit(_INTERRUPTED)
         if not for_people:
             print(_to_json(result), flush=True)

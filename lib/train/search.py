@@ -229,8 +229,13 @@ def _run(
         session = Session(settings, storage, folder, experiment, work, progress, study, desk, feed)
         if not progress.closed:
             _note_other_code(storage, sweep.run_id)
-            with share_of(settings, sweep.run_id, lender) as share:
-                session.run(experiment.time_budget_s - spent_s, share)
+            try:
+                with share_of(settings, sweep.run_id, lender) as share:
+                    session.run(experiment.time_budget_s - spent_s, share)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(
+                    f"`python -m jobs.submit tune --resume {sweep.run_id}` goes on with the sweep"
+                ) from None
             progress.add(CLOSED, durable=True)
         return session.result(sweep, record, draw=draw)
 

@@ -251,4 +251,7 @@ def _quiet_tune() -> None:
     # A failed trial's report has no metrics.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**9)
+    # With its own handler `fit` returns on Ctrl-C as if all trials had ended, and the sweep would
+    # be closed with the trials under way cut off. KeyboardInterrupt leaves it open to be resumed.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)

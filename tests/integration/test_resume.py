@@ -68,13 +68,19 @@ def wait_until(condition: Callable[[], Any]) -> None:
 
 
 def start_driver(
-    storage: Storage, mlflow_uri: str, address: str, sampler: str = "random", **env: str
+    storage: Storage,
+    mlflow_uri: str,
+    address: str,
+    sampler: str = "random",
+    stderr: int | None = None,
+    **env: str,
 ) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.sweeps", storage.uri, mlflow_uri, address, sampler],
         cwd=ROOT,
         env={**os.environ, **env},
         stdout=subprocess.DEVNULL,
+        stderr=stderr,
     )
 
 
@@ -152,6 +158,27 @@ def test_the_driver_is_killed(settings: Settings, storage: Storage, sampler: str
         assert sorted(trial.params["x"] for trial in result.trials) == undisturbed(sampler)
     assert resume(settings, storage) == result, "there is nothing left to do"
     assert len(epochs(storage)) == before + len(again)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_driver_is_told_to_end(
+    settings: Settings, storage: Storage, number: signal.Signals
+) -> None:
+    address = ray.get_runtime_context().gcs_address
+    driver = start_driver(storage, settings.mlflow_uri, address, stderr=subprocess.PIPE)
+    try:
+        wait_until(lambda: num_ended(storage) >= 3 or driver.poll() is not None)
+        driver.send_signal(number)
+        _, output = driver.communicate(timeout=_DEADLINE_S)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert driver.returncode != 0
+    if number == signal.SIGINT:
+        assert f"tune --resume {sweep_id(storage)}` goes on" in output.decode()
+    assert not [event for event in events(storage) if event["event"] == "closed"]
+    assert 3 <= num_ended(storage) < NUM_TRIALS
+    assert_nothing_lost(settings, storage, resume(settings, storage))
 
 
 def test_a_trials_process_is_killed(settings: Settings, storage: Storage) -> None:

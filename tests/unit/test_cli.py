@@ -104,6 +104,22 @@ def test_a_rollout_that_ends_otherwise_says_how(
     assert (ended, result["status"], result["exit_code"]) == (code, status, code)
 
 
+@pytest.mark.parametrize(
+    ("interrupt", "next_step"),
+    [
+        (KeyboardInterrupt(), "the same command goes on from what is there"),
+        (KeyboardInterrupt("resume the sweep"), "resume the sweep"),
+    ],
+)
+def test_an_interrupted_job_says_what_goes_on(
+    interrupt: KeyboardInterrupt, next_step: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def job() -> Mapping[str, Any]:
+        raise interrupt
+
+    assert run(job, capsys) == (130, "", f"\ninterrupted; {next_step}\n")
+
+
 def test_what_reads_the_output_may_leave() -> None:
     code = (
         "from lib import cli, tables\n"
