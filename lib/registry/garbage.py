@@ -161,7 +161,7 @@ class Collector:
             ended_s = (run.info.end_time or 0) / 1000
             seen = run.info.run_id in taken or _COLLECTED_TAG in run.data.tags
             if is_over and not seen and self._is_old(ended_s, self.tune_grace_s):
-                yield from self._checkpoint(run)
+                yield from self._checkpoint(run, f"its trial ended {run.info.status}")
 
     def _surplus(self, experiments: list[Experiment], taken: set[str | None]) -> Iterator[Garbage]:
         """Checkpoints of finished trials beyond those that are to be kept of an ended sweep."""
@@ -178,9 +178,10 @@ class Collector:
             for trial in trials[self.keep_trials :]:
                 run = self.client.get_run(trial.run_id)
                 if trial.run_id not in taken and _COLLECTED_TAG not in run.data.tags:
-                    yield from self._checkpoint(run)
+                    why = f"not of the {self.keep_trials} best trials of its sweep, and no version"
+                    yield from self._checkpoint(run, why)
 
-    def _checkpoint(self, run: Run) -> Iterator[Garbage]:
+    def _checkpoint(self, run: Run, why: str) -> Iterator[Garbage]:
         location = f"{run.info.artifact_uri}/checkpoint"
         size_bytes = self._size(f"the checkpoint of run {run.info.run_id}", location)
         if not size_bytes:
@@ -194,7 +195,7 @@ class Collector:
         yield Garbage(
             kind="checkpoint",
             what=run.info.run_id,
-            why=f"its trial ended {run.info.status}, and is no version",
+            why=why,
             size_bytes=size_bytes,
             remove=remove,
         )

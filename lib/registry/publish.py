@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ from lib.registry.removal import GRACE_S, remove_model
 from lib.registry.runtime import Measured, measure_where_served
 from lib.registry.server import download, pages
 from lib.registry.sweep_runs import NOTE_TAG
-from lib.registry.trials import Trial
+from lib.registry.trials import CHECKPOINT_PATH, Trial
 from lib.serving.bundle import CARD_FILE, Card, file_sha256
 from lib.serving.predictor import OnnxPredictor
 from lib.storage import Storage
@@ -104,6 +105,12 @@ class Publisher:
 
     def _export(self, trial: Trial, folder: Path) -> Exported:
         start_s = time.monotonic()
+        if not self.client.list_artifacts(trial.run_id, posixpath.dirname(CHECKPOINT_PATH)):
+            raise RefusedError(
+                f"trial {trial.run_id} has no checkpoint any more (`jobs.models gc` and MLflow "
+                "delete them); choose a trial of another rank, or run its search again with "
+                "jobs.tune"
+            )
         checkpoint = download(self.settings, trial.checkpoint_uri, folder)
         example_NHWC = self.split("test").images_NHWC[:2].copy()
         served = load_served(checkpoint, self.manifest)

@@ -12,8 +12,10 @@ from lib.errors import RefusedError, RegistryError
 from lib.registry import claims, publish, removal
 from lib.registry.claims import claimed
 from lib.registry.garbage import collect
+from lib.registry.leaderboard import best, leaderboard
 from lib.registry.models import resolve, survey, versions
 from lib.registry.publish import Publisher
+from lib.registry.registration import register_ranked
 from lib.registry.removal import delete
 from lib.registry.server import ensure_experiment
 from lib.registry.sweep_runs import reopen_sweep, start_sweep
@@ -81,6 +83,15 @@ def test_a_trial_whose_version_was_edited_is_not_registered_again(registry: Regi
 
     assert (registry.files_of(made) / "model.onnx").exists()
     assert registry.client.search_model_versions(f"name = '{MODEL}'")[0].version == made.version
+
+
+def test_a_trial_without_checkpoint_is_refused_by_name(registry: Registry) -> None:
+    trial = registry.trial()
+    board = leaderboard(registry.settings, registry.storage, with_trials=True)
+    with pytest.raises(RefusedError, match="rank 1.*no checkpoint any more.*jobs.tune") as refused:
+        register_ranked(registry.settings, registry.storage, board, best(board, 1))
+    assert trial.run_id in str(refused.value)
+    assert versions(registry.settings) == []
 
 
 def test_models_of_other_tools_are_surveyed_whatever_their_name(registry: Registry) -> None:
