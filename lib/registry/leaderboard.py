@@ -23,7 +23,7 @@ from lib.registry.trials import (
 from lib.serving import policy
 from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
-from lib.train.experiment import MAXIMIZE, Objective
+from lib.train.experiment import MAXIMIZE, VAL_LOSS, Objective
 
 SPLITS = ("val", "test")
 
@@ -39,6 +39,8 @@ class Entry:
     score: float | None = None
     """What ranks it. On validation it is the trial's own, whether a version was made of it or not:
     the rank of a trial does not change when it is registered."""
+    val_loss: float | None = None
+    """What the search measured: the lower one wins a tie."""
     val_accuracy: float | None
     """Of a version the exported model's, of a trial what the search measured."""
     test_accuracy: float | None = None
@@ -55,7 +57,7 @@ class Entry:
     """By the serving runtime at the largest batch measured."""
     created_ms: int
     trained_ms: int = 0
-    """When its trial began: the earlier one wins a tie."""
+    """When its trial began: the earlier one wins a tie of the loss too."""
     rank: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -182,7 +184,8 @@ def standing_digest(entries: Sequence[Entry]) -> str | None:
 def ranked(entries: Iterable[Entry], goal: str = MAXIMIZE) -> tuple[Entry, ...]:
     """Return entries best first, then those without a score.
 
-    Equal ones are in the order in which they were trained, whether they are versions or not.
+    Equal ones are ordered by their loss on validation, then as they were trained, whether they
+    are versions or not.
     """
     sign = -1 if goal == MAXIMIZE else 1
     ordered = sorted(
@@ -190,6 +193,7 @@ def ranked(entries: Iterable[Entry], goal: str = MAXIMIZE) -> tuple[Entry, ...]:
         key=lambda e: (
             e.score is None,
             sign * (e.score or 0.0),
+            math.inf if e.val_loss is None else e.val_loss,
             e.trained_ms,
             e.run_id,
         ),
@@ -212,6 +216,7 @@ def _scored(entry: Entry, trial: Trial | None, split: str, objective: Objective)
     return replace(
         entry,
         score=value if value is not None and math.isfinite(value) else None,
+        val_loss=trial.metrics.get(VAL_LOSS) if trial else None,
         trained_ms=trial.created_ms if trial else entry.created_ms,
     )
 

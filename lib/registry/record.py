@@ -13,7 +13,8 @@ from lib.errors import RegistryError
 from lib.registry.models import Version
 from lib.registry.publish import EVALUATION_FILE
 from lib.registry.server import connect, download, explained
-from lib.registry.trials import best_metrics, child_runs
+from lib.registry.trials import ACCURACY, best_metrics, child_runs, objective_of
+from lib.train.experiment import Objective
 
 
 def evaluation_of(settings: Settings, version: Version) -> Mapping[str, Any] | None:
@@ -29,16 +30,20 @@ def evaluation_of(settings: Settings, version: Version) -> Mapping[str, Any] | N
         return None
 
 
-def trials_of(settings: Settings, sweep_run_id: str) -> list[dict[str, Any]]:
-    """Return a sweep's trials in the order in which they began; none if the sweep is gone."""
+def trials_of(settings: Settings, sweep_run_id: str) -> tuple[list[dict[str, Any]], Objective]:
+    """Return a sweep's trials in the order in which they began, and what ranks them.
+
+    There are none if the sweep is gone.
+    """
     client = connect(settings)
     try:
         with explained(settings, f"listing the trials of sweep {sweep_run_id}"):
             runs = child_runs(client, sweep_run_id)
     except RegistryError:
-        return []
+        return [], ACCURACY
+    objective = objective_of(runs[0].data.tags) if runs else ACCURACY
     runs.sort(key=lambda run: (run.info.start_time, run.info.run_id))
-    return [
+    trials = [
         {
             "run_id": run.info.run_id,
             "status": run.info.status,
@@ -48,3 +53,4 @@ def trials_of(settings: Settings, sweep_run_id: str) -> list[dict[str, Any]]:
         }
         for run in runs
     ]
+    return trials, objective

@@ -13,9 +13,9 @@ from mlflow.exceptions import MlflowException
 
 from lib.cli import progress
 from lib.config import Settings
-from lib.errors import RegistryError
+from lib.errors import ConfigError, RegistryError
 from lib.registry.server import connect, ensure_experiment, explained
-from lib.train.experiment import MAXIMIZE, Objective, varying
+from lib.train.experiment import MAXIMIZE, Objective, rank_key, varying
 
 CHECKPOINT_PATH = "checkpoint/model.pt"
 BEST_PREFIX = "best/"
@@ -72,7 +72,7 @@ def ranked_trials(
             f"the trials of sweep {sweep_run_id} ran a command and left no model of Rayline's; "
             "log the model with MLflow, then `jobs.register --uri`"
         )
-    objective = _objective(sweep.data.tags)
+    objective = objective_of(sweep.data.tags)
     trials = [
         _trial(run, sweep) for run in _children(client, sweep) if run.info.status == "FINISHED"
     ]
@@ -87,11 +87,10 @@ def ranked_trials(
 
 def rank(trials: Iterable[Trial], objective: Objective) -> list[Trial]:
     """Return the trials that measured the objective, best first."""
-    sign = -1 if objective.goal == MAXIMIZE else 1
-    # Equal values are common on small splits: the earlier trial wins, always the same one.
+    # Of equal ones the earlier trial wins, always the same one.
     return sorted(
         (trial for trial in trials if objective.metric in trial.metrics),
-        key=lambda t: (sign * t.metrics[objective.metric], t.created_ms, t.run_id),
+        key=lambda t: (rank_key((objective,), t.metrics), t.created_ms, t.run_id),
     )
 
 
@@ -125,13 +124,13 @@ def best_metrics(run: Run) -> dict[str, float]:
     return {name: value for name, value in {**curves, **best}.items() if math.isfinite(value)}
 
 
-def _objective(tags: Mapping[str, str]) -> Objective:
+def objective_of(tags: Mapping[str, str]) -> Objective:
     """Return the first objective of a sweep that training changes."""
     if OBJECTIVES_TAG not in tags:
         return ACCURACY
     try:
         return varying([Objective(**fields) for fields in json.loads(tags[OBJECTIVES_TAG])])
-    except (ValueError, TypeError, StopIteration):
+    except (ConfigError, ValueError, TypeError, StopIteration):
         progress("registry", f"ranked by val_accuracy: tag {OBJECTIVES_TAG} of a sweep is damaged")
         return ACCURACY
 
@@ -143,7 +142,7 @@ def _trial(run: Run, sweep: Run | None = None) -> Trial:
         sweep_run_id=sweep.info.run_id if sweep else tags.get("mlflow.parentRunId", ""),
         experiment_id=run.info.experiment_id,
         data_digest=tags.get("rayline.data_digest", ""),
-        objective=_objective(tags),
+        objective=objective_of(tags),
         metrics=best_metrics(run),
         checkpoint_uri=f"{run.info.artifact_uri}/{CHECKPOINT_PATH}",
         git_commit=tags.get("rayline.git_commit") or tags.get("mlflow.source.git.commit"),

@@ -20,6 +20,8 @@ UNIFORM, LOG_UNIFORM, NORMAL, LOG_NORMAL = "uniform", "logUniform", "normal", "l
 Value = float | int | str
 
 
+VAL_LOSS = "val_loss"
+"""Metric: the loss on validation, which tells results of equal accuracy apart."""
 NUM_PARAMETERS = "num_parameters"
 """Metric: the size of a net."""
 LATENCY_MS = "latency_ms"
@@ -178,10 +180,18 @@ def varying(objectives: Sequence[Objective]) -> Objective:
 def rank_key(objectives: Sequence[Objective], metrics: Mapping[str, float]) -> tuple[float, ...]:
     """Return what sorts results best first.
 
-    That is by the first objective that training changes, if equal by the next, and by constant
-    ones, such as the size of a net, last: the smallest net is not the best because it is small.
+    That is by the first objective that training changes, if equal by the next, then by `val_loss`
+    where it is reported: on a few validation images many results have the same accuracy. Constant
+    objectives, such as the size of a net, come last: the smallest net is not the best because it
+    is small.
     """
-    return tuple(
-        -metrics[each.metric] if each.goal == MAXIMIZE else metrics[each.metric]
-        for each in sorted(objectives, key=lambda each: each.constant)
+    varying, constant = (
+        [
+            -metrics[each.metric] if each.goal == MAXIMIZE else metrics[each.metric]
+            for each in objectives
+            if each.constant == is_constant
+        ]
+        for is_constant in (False, True)
     )
+    loss = metrics.get(VAL_LOSS, math.inf)
+    return (*varying, loss if math.isfinite(loss) else math.inf, *constant)

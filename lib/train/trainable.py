@@ -73,8 +73,8 @@ class _Standing:
     """A report that is to be given again: it may never have reached the sweep."""
     num_reports: int = 0
     epoch: int = 0
-    best: float | None = None
-    """Objective of the best report, or of the last one if that counts."""
+    best: tuple[float, ...] | None = None
+    """Rank key of the best report, or of the last one if that counts."""
 
 
 class SweepTrial(tune.Trainable):
@@ -225,7 +225,11 @@ class SweepTrial(tune.Trainable):
             path = self._desk.file(str(attempt), _STATE)
             if not self._standing.failure and self._desk.storage.exists(path):
                 head, content = unpack(self._desk.storage.read(path))
-                self._standing.kept, self._standing.best = head["report"], head["best"]
+                best = head["best"]
+                if not isinstance(best, list):  # Earlier states have the objective alone.
+                    objective = varying(self._desk.objectives)
+                    best = rank_key((objective,), {objective.metric: best})
+                self._standing.kept, self._standing.best = head["report"], tuple(best)
                 self._standing.num_reports, self._standing.epoch = (
                     head["report"][REPORT],
                     head["report"]["epoch"],
@@ -277,13 +281,10 @@ class SweepTrial(tune.Trainable):
             self._keep_files(is_best=False)
             return
         objective = varying(self._desk.objectives)
-        value, best = float(report[objective.metric]), self._standing.best
-        is_best = (
-            best is None
-            or objective.by_last
-            or rank_key((objective,), report) < rank_key((objective,), {objective.metric: best})
-        )
-        self._standing.best = value if is_best else best
+        key, best = rank_key((objective,), report), self._standing.best
+        is_best = best is None or objective.by_last or key < best
+        if is_best:
+            self._standing.best = key
         self._keep_files(is_best)
         state = None if report["done"] else self.state()
         if state is not None:

@@ -40,13 +40,15 @@ def collect(
     now_s = time.time()
     manifests, num_missing = manifests_of(storage, version.data_digest)
     board = leaderboard(settings, storage)
+    trials, objective = trials_of(settings, version.sweep_run_id)
     return Dossier(
         model=settings.model,
         version=version.version,
         now_s=now_s,
         facts=describe(settings, storage, str(version.version)),
         evaluation=evaluation_of(settings, version),
-        trials=trials_of(settings, version.sweep_run_id),
+        trials=trials,
+        objective=objective,
         versions=sorted(
             (entry.to_json() for entry in board.entries if entry.version is not None),
             key=lambda row: row["version"],

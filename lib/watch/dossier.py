@@ -22,6 +22,7 @@ from lib.data.manifest import Manifest, load_manifest
 from lib.errors import DataError, RaylineError, StorageError
 from lib.serving import policy
 from lib.storage import Storage
+from lib.train.experiment import MAXIMIZE, Objective
 
 DAY_S = 86400.0
 ATTESTED = "scorecard"
@@ -47,6 +48,8 @@ class Dossier:
     """Of the test split, with the confusion matrix."""
     trials: Sequence[Json] = ()
     """Of its sweep."""
+    objective: Objective = Objective(metric="val_accuracy", goal=MAXIMIZE)
+    """What ranks the trials."""
     versions: Sequence[Json] = ()
     """All versions of the model, as rows of the leaderboard."""
     manifests: Sequence[Json] = ()

@@ -133,7 +133,7 @@ def _registry(folder: Path) -> list[Cost]:
             n + 1: Scores(val_accuracy=float(val), test_accuracy=float(test))
             for n, (val, test) in enumerate(accuracies)
         }
-        ranked_ms.append(MS * seconds(lambda e=entries: ranked(e, "val"), repeat=3))
+        ranked_ms.append(MS * seconds(lambda e=entries: ranked(e), repeat=3))
         judged_ms.append(
             MS * seconds(lambda s=scores: judge_all(s, val_rows=6_000, test_rows=10_000), rounds=1)
         )

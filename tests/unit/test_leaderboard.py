@@ -61,6 +61,11 @@ def test_the_best_comes_first_and_ties_go_to_the_earlier_trial_whether_registere
     assert [found.version for found in by_loss] == [1, 4, 3]
 
 
+def test_ties_go_to_the_trial_with_the_lower_loss_on_validation() -> None:
+    rows = [entry(1, 1.0), *(entry(n, 1.0, val_loss=loss) for n, loss in ((2, 0.3), (3, 0.1)))]
+    assert [found.version for found in ranked(rows)] == [3, 2, 1]
+
+
 def test_what_was_not_measured_comes_last_and_has_no_rank() -> None:
     rows = board(entry(1, 0.9), replace(entry(2, 0.98), score=None))
     assert [(found.version, found.rank) for found in rows.entries] == [(1, 1), (2, 0)]

@@ -101,6 +101,23 @@ def test_trials_are_ranked_by_validation_over_all_pages_and_ties_go_to_the_earli
     assert ranked[0].checkpoint_uri == "mlflow-artifacts:/best/checkpoint/model.pt"
 
 
+def test_ties_go_to_the_lower_loss_on_validation() -> None:
+    client: Any = FakeMlflow(*((name, 1.0, "FINISHED") for name in ("a", "b", "c")))
+    for run, loss in zip(client.children, (0.3, 0.1, 0.2), strict=True):
+        run.data.metrics["val_loss"] = loss
+    assert [trial.run_id for trial in ranked_trials(client, "sweep")] == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize("tag", ["{", "null", '[{"metric": "val_loss", "goal": "least"}]', "[]"])
+def test_trials_of_a_sweep_whose_objective_was_edited_are_ranked_by_accuracy(
+    tag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client: Any = FakeMlflow(("a", 0.9, "FINISHED"), ("b", 0.8, "FINISHED"))
+    client.sweep.data.tags["rayline.objectives"] = tag
+    assert [trial.run_id for trial in ranked_trials(client, "sweep")] == ["a", "b"]
+    assert "is damaged" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("objectives", "order"),
     [

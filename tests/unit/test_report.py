@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lib.train.experiment import MINIMIZE, Objective
 from lib.watch.report import plots
 from lib.watch.report.page import grid, lineage_of, render
 from lib.watch.scorecard import score
@@ -74,6 +75,27 @@ def test_the_page_says_what_is_known(html: str) -> None:
     ):
         assert words in text
     assert html.count("<svg") == len(PICTURES) + 2
+
+
+def test_the_best_trials_are_those_by_the_objective_of_the_sweep() -> None:
+    numbers = [(0.99, 0.3), (1.0, 0.2), (0.98, 0.1), (1.0, 0.4), (0.97, 0.05)]
+    trials = [
+        {
+            "run_id": f"trial{n}",
+            "status": "FAILED" if n == 4 else "FINISHED",
+            "params": {"depth": str(n)},
+            "metrics": {"val_accuracy": accuracy, "val_loss": loss},
+        }
+        for n, (accuracy, loss) in enumerate(numbers)
+    ]
+    loss = Objective(metric="val_loss", goal=MINIMIZE)
+    for changes, order in (({}, [1, 3, 0, 2]), ({"objective": loss}, [2, 1, 0, 3])):
+        dossier = replace(FULL, trials=trials, **changes)
+        html = render(dossier, score(dossier))
+        assert re.findall(r"<code>trial(\d)</code>", html) == [str(n) for n in order]
+        assert ('<th class="number">val_loss</th>' in html) == bool(changes)
+    picture = plots.search(replace(FULL, trials=trials, objective=loss))
+    assert "validation loss" in str(picture)
 
 
 def test_without_evidence_the_page_says_so() -> None:

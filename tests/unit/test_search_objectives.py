@@ -99,14 +99,16 @@ def test_a_trial_keeps_its_best_epoch_and_the_front_has_no_loser(
     told_by = next(name for name in order if name in VARYING)
     points = {}
     for number, curve in enumerate(curves(12)):
-        best = min(range(len(curve)), key=lambda epoch: signed(curve[epoch], [told_by]))
+        best = min(range(len(curve)), key=lambda epoch: signed(curve[epoch], [told_by, "val_loss"]))
         trial = progress.trials[number]
         assert (trial.best_epoch, trial.best) == (best + 1, curve[best])
         assert storage.read(f"trials/{number}/best") == str(best + 1).encode()
         points[number] = signed(curve[best], order)
     ranked = progress.ranked()
-    # Best by what training changes; a small net is not the best because it is small.
-    by = sorted(order, key=lambda name: name not in VARYING)
+    # Best by what training changes, then by the loss; a small net is not the best because it is
+    # small.
+    constant = [name for name in order if name not in VARYING]
+    by = [*(name for name in order if name in VARYING), "val_loss", *constant]
     keys = {number: (signed(progress.trials[number].best, by), number) for number in points}
     assert [t.number for t in ranked] == sorted(points, key=lambda number: keys[number])
     assert progress.best is ranked[0]

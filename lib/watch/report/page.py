@@ -15,6 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from lib.registry.views import day, percent, points
+from lib.train.experiment import rank_key
 from lib.watch.dossier import Dossier
 from lib.watch.lineage import Graph, Node, of_retrain, to_svg
 from lib.watch.report import plots
@@ -62,6 +63,7 @@ def render(dossier: Dossier, card: Scorecard) -> str:
         policies=_changes(dossier),
         retrain=_retrain(dossier),
         trials=_best_trials(dossier),
+        metric=dossier.objective.metric,
     )
 
 
@@ -138,8 +140,13 @@ def _changes(dossier: Dossier) -> list[dict[str, Any]]:
 
 
 def _best_trials(dossier: Dossier, count: int = 5) -> list[Mapping[str, Any]]:
-    finished = [trial for trial in dossier.trials if "val_accuracy" in trial["metrics"]]
-    return sorted(finished, key=lambda trial: -trial["metrics"]["val_accuracy"])[:count]
+    objective = dossier.objective
+    finished = [
+        trial
+        for trial in dossier.trials
+        if trial["status"] == "FINISHED" and objective.metric in trial["metrics"]
+    ]
+    return sorted(finished, key=lambda trial: rank_key((objective,), trial["metrics"]))[:count]
 
 
 def _time(seconds: float) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lib.train.experiment import MAXIMIZE
 from lib.watch.dossier import Dossier
 
 BLUE, ORANGE, GREY, RED, INK = "#1f5fa8", "#c7651b", "#9aa4b2", "#b3261e", "#14181f"
@@ -41,6 +42,7 @@ _STYLE: Any = {
 _MAX_LABELLED = 24
 """Classes up to which every one gets a name and a number."""
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+_NAMES = {"val_accuracy": "validation accuracy", "val_loss": "validation loss"}
 Picture = str | None
 """SVG, or None where there is nothing to draw."""
 
@@ -68,11 +70,13 @@ def data(dossier: Dossier) -> Picture:
 
 
 def search(dossier: Dossier) -> Picture:
-    """Validation accuracy of every trial, and over the parameters that were varied."""
-    trials = [trial for trial in dossier.trials if "val_accuracy" in trial["metrics"]]
+    """The objective of every trial, and over the parameters that were varied."""
+    metric = dossier.objective.metric
+    trials = [trial for trial in dossier.trials if metric in trial["metrics"]]
     if not trials:
         return None
-    accuracy = np.array([trial["metrics"]["val_accuracy"] for trial in trials])
+    scores = np.array([trial["metrics"][metric] for trial in trials])
+    best = np.maximum if dossier.objective.goal == MAXIMIZE else np.minimum
     chosen = dossier.facts.get("lineage", {}).get("run_id")
     colours = [ORANGE if trial["run_id"] == chosen else BLUE for trial in trials]
     varied = _varied(trials)[:6]
@@ -81,15 +85,15 @@ def search(dossier: Dossier) -> Picture:
         grid = figure.add_gridspec(rows, 3)
         axes = figure.add_subplot(grid[0, :])
         numbers = np.arange(1, len(trials) + 1)
-        axes.step(numbers, np.maximum.accumulate(accuracy), where="post", color=GREY, label="best")
-        axes.scatter(numbers, accuracy, c=colours, s=22, zorder=3)
+        axes.step(numbers, best.accumulate(scores), where="post", color=GREY, label="best")
+        axes.scatter(numbers, scores, c=colours, s=22, zorder=3)
         axes.set_xlabel("trial")
-        axes.set_ylabel("validation accuracy")
+        axes.set_ylabel(_NAMES.get(metric, metric))
         axes.xaxis.get_major_locator().set_params(integer=True)
         for index, name in enumerate(varied):
             small = figure.add_subplot(grid[1 + index // 3, index % 3])
             values = [trial["params"].get(name, "") for trial in trials]
-            small.scatter(_numbers(values), accuracy, c=colours, s=14, zorder=3)
+            small.scatter(_numbers(values), scores, c=colours, s=14, zorder=3)
             if _is_logarithmic(values):
                 small.set_xscale("log")
                 small.xaxis.get_major_locator().set_params(numticks=4)
