@@ -40,6 +40,10 @@ class Settings:
     """RAYLINE_LOG_IMAGES: percent of the requests whose images go into the prediction log."""
     log_days: int = 30
     """RAYLINE_LOG_DAYS: whole days that the prediction log is kept, with its images and labels."""
+    cors_origins: tuple[str, ...] = ()
+    """RAYLINE_CORS_ORIGINS: origins of web pages that may call the gateways; `*`: all."""
+    allowed_hosts: tuple[str, ...] = ()
+    """RAYLINE_ALLOWED_HOSTS: names that gateways are called by, beside this machine's own."""
     ray_address: str = "http://127.0.0.1:8265"
     """RAY_API_SERVER_ADDRESS: Ray dashboard, which takes jobs and the Serve config."""
     serve_api: str = ""
@@ -105,6 +109,8 @@ class Settings:
             grpc_port=ports["RAYLINE_GRPC_PORT"],
             log_images=log_images_percent(env),
             log_days=log_days(env),
+            cors_origins=cors_origins(env),
+            allowed_hosts=allowed_hosts(env),
             ray_address=env.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265",
             serve_api=(env.get("RAYLINE_SERVE_API") or "").rstrip("/"),
             serve_url=(env.get("RAYLINE_SERVE_URL") or "").rstrip("/"),
@@ -154,6 +160,34 @@ def log_days(env: Mapping[str, str]) -> int:
     if not (given.isdecimal() and int(given) >= 1):
         raise ConfigError(f"RAYLINE_LOG_DAYS={given!r} is not a number of days, 1 or more")
     return int(given)
+
+
+def cors_origins(env: Mapping[str, str]) -> tuple[str, ...]:
+    """Return RAYLINE_CORS_ORIGINS, a list with commas: none by default, `*` for all."""
+    origins = _listed(env, "RAYLINE_CORS_ORIGINS")
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise ConfigError(
+                f"RAYLINE_CORS_ORIGINS: {origin!r} is no origin such as https://app.example.com, "
+                "without a path, nor `*`"
+            )
+    return origins
+
+
+def allowed_hosts(env: Mapping[str, str]) -> tuple[str, ...]:
+    """Return RAYLINE_ALLOWED_HOSTS, a list with commas; `*.example.com` has all names below it."""
+    hosts = _listed(env, "RAYLINE_ALLOWED_HOSTS")
+    for host in hosts:
+        if host != "*" and not re.fullmatch(r"(\*\.)?[a-z0-9_.-]+", host):
+            raise ConfigError(
+                f"RAYLINE_ALLOWED_HOSTS: {host!r} is no name of a host, without scheme and port"
+            )
+    return hosts
+
+
+def _listed(env: Mapping[str, str], name: str) -> tuple[str, ...]:
+    parts = (part.strip().lower() for part in env.get(name, "").split(","))
+    return tuple(part for part in parts if part)
 
 
 def _serve_cpus(env: Mapping[str, str]) -> float:

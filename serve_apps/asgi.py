@@ -1,7 +1,7 @@
-"""The gateway's ASGI side: routes, body limits, errors as JSON, the OpenAPI document.
+"""The gateway's ASGI application: admits requests, calls their handlers, answers errors as JSON.
 
-A framework's router, request object and validation would cost more than the whole answer does, so
-requests are taken apart here; FastAPI only writes the OpenAPI document, from the same table.
+Predictions are routed and read here, by hand: a framework's router and request object would cost
+more than the whole answer does. Starlette routes everything else.
 """
 
 from __future__ import annotations
@@ -10,29 +10,34 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import orjson
-from fastapi import FastAPI
 from pydantic import BaseModel
+from starlette import routing
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lib.config import MAX_BODY_BYTES
 from lib.serving.bundle import Card
 from lib.serving.feedback import PROBE_ID, REQUEST_ID, new_request_id
-from lib.serving.keys import ANYONE
+from lib.serving.keys import ANYONE, INTERNAL
 from lib.serving.payload import PayloadError, decoded
 from lib.serving.record import Record
 from lib.serving.router import RETRY_AFTER_S
 from lib.watch.recorder import Recorder
-from serve_apps import schemas
+from serve_apps import openapi, pages
+from serve_apps.bodies import Bodies, ClientGone
+from serve_apps.browsers import BrowserRules
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
 JSON: Header = (b"content-type", b"application/json")
@@ -40,6 +45,11 @@ FAST_LANE = "rayline.fast_lane"
 """In the scope of a request that Serve's own wrapper did not see."""
 UNKNOWN = "unknown"
 """Caller of a request without a valid key."""
+CLIENT_GONE = 499
+"""Counted as the status of a request whose client left before it had sent all; nginx's number."""
+_REQUEST_ID = "rayline.request_id"
+_IS_COUNTED = "rayline.is_counted"
+_MIN_GZIP_BYTES = 1024
 
 _log = logging.getLogger(__name__)
 
@@ -63,9 +73,9 @@ class Call:
     """What it answered."""
 
     def header(self, name: bytes) -> str | None:
-        """Return a header's value, None if it is not there."""
+        """Return a header's value, None if it is absent or empty."""
         value = self.headers.get(name)
-        return None if value is None else value.decode("latin-1")
+        return value.decode("latin-1") if value else None
 
 
 class Asked(Protocol):
@@ -101,10 +111,14 @@ class Route:
     request: Mapping[str, Any] | None = None
     """Content type → schema of the body."""
     errors: tuple[int, ...] = ()
-    is_open: bool = False
-    """Whether it is answered without an API key, and however much is in flight."""
-    is_page: bool = False
-    """Whether it is for people's browsers, so not part of the OpenAPI document."""
+    tag: str = "console"
+    """Heading under which the OpenAPI document lists it."""
+    scope: str | None = None
+    """What an API key must allow; None: answered without one, and however much is in flight."""
+    is_hot: bool = False
+    """Whether it is routed by hand: only for what is asked thousands of times a second."""
+    headers: tuple[str, ...] = ()
+    """Request headers that it reads, beside X-Request-Id."""
 
 
 def json_reply(content: Any, status: int = 200) -> Reply:
@@ -114,6 +128,11 @@ def json_reply(content: Any, status: int = 200) -> Reply:
 
 Authenticate = Callable[[Mapping[bytes, bytes]], str]
 """The name of the caller by the request's headers; raises PayloadError 401."""
+
+
+def request_id_of(given: str | None) -> str:
+    """Return a client's id for its request, or a new one if it gave none or an unusable one."""
+    return given if given and REQUEST_ID.fullmatch(given) else new_request_id()
 
 
 def anyone(headers: Mapping[bytes, bytes]) -> str:
@@ -133,82 +152,156 @@ class App:
         authenticate: Authenticate = anyone,
         max_in_flight: int = 128,
         recorder: Recorder | None = None,
+        browsers: BrowserRules | None = None,
+        bodies: Bodies | None = None,
     ) -> None:
-        self._exact: dict[str, dict[str, Route]] = {}
-        self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
-        document = Route(
-            method="GET",
-            path="/openapi.json",
-            handler=self._openapi,
-            summary="OpenAPI.",
-            is_open=True,
+        document = openapi.document(routes, title=title, description=description)
+        self._document = orjson.dumps(document)
+        described = Route(
+            method="GET", path="/openapi.json", handler=self._openapi, summary="OpenAPI."
         )
-        for route in [*routes, document]:
-            if "{" not in route.path:
-                self._exact.setdefault(route.path, {})[route.method] = route
-                continue
-            pattern = re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", route.path))
-            known = next((methods for other, methods in self._patterns if other == pattern), None)
-            if known is None:
-                self._patterns.append((pattern, {route.method: route}))
-            else:
-                known[route.method] = route
-        self._title, self._description = title, description
-        self._document: bytes | None = None
-        self._routes = routes
+        self._hot_paths: dict[str, Route] = {}
+        self._hot_patterns: list[tuple[re.Pattern[str], Route]] = []
+        for route in routes:
+            if route.is_hot and "{" not in route.path:
+                self._hot_paths |= {route.path: route, f"{route.path}/": route}
+            elif route.is_hot:
+                pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", route.path)
+                self._hot_patterns.append((re.compile(f"{pattern}/?"), route))
+        self._others: ASGIApp = Starlette(
+            routes=[
+                *(
+                    routing.Route(route.path, _Endpoint(self, route), methods=[route.method])
+                    for route in [*routes, described]
+                ),
+                *pages.routes(),
+            ],
+            middleware=[
+                Middleware(
+                    GZipMiddleware,
+                    minimum_size=_MIN_GZIP_BYTES,
+                    compresslevel=6,
+                    # A file comes in parts of 64 KiB; one of them takes milliseconds.
+                    thread_minimum_size=2**15,
+                )
+            ],
+            exception_handlers={HTTPException: self._refuse, Exception: self._refuse},
+        )
+        self._browsers = browsers or BrowserRules()
+        self._bodies = bodies or Bodies()
+        self._routed = self._browsers.with_cors(self._route)
         self._authenticate = authenticate
         self._max_in_flight = max_in_flight
         self.in_flight = 0
+        """Requests whose body is complete and whose answer is not."""
         self.record = Record()
         self.recorder = recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        if scope["type"] == "websocket":
+        if scope["type"] == "http":
+            await self._routed(scope, receive, send)
+        elif scope["type"] == "websocket":
             # Before it is accepted, so the answer is a plain 403.
             await send({"type": "websocket.close", "code": 1000, "reason": "there is none here"})
-            return
-        if scope["type"] != "http":
-            return
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path: str = scope["path"]
+        if scope["method"] == "POST":
+            if (route := self._hot_paths.get(path)) is not None:
+                await self.answer(route, {}, scope, receive, send)
+                return
+            for pattern, route in self._hot_patterns:
+                if match := pattern.fullmatch(path):
+                    await self.answer(route, match.groupdict(), scope, receive, send)
+                    return
+        await self._route_others(path, scope, receive, send)
+
+    async def _route_others(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let Starlette route a request; name and count what did not go through `answer`."""
+        request_id = request_id_of(
+            dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        )
+        path = path if path == "/" else path.removesuffix("/")
+        scope = {**scope, "path": path, "root_path": "", _REQUEST_ID: request_id}
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start" and _IS_COUNTED not in scope:
+                self.record.add(UNKNOWN, message["status"], None, 0.0)
+                if FAST_LANE in scope:
+                    name = (b"x-request-id", request_id.encode())
+                    message["headers"] = [*message["headers"], name]
+            await send(message)
+
+        await self._others(scope, receive, counted)
+
+    async def _refuse(self, request: Request, error: Exception) -> Response:
+        """Answer what no route takes."""
+        path, request_id = request.url.path, request.scope[_REQUEST_ID]
+        status, headers = 500, {}
+        message = "the server failed on this request; its log has the cause under request_id"
+        if isinstance(error, HTTPException):
+            status, message = error.status_code, f"there is no {path}; see /docs"
+        if status == 405:
+            allowed = str((error.headers or {})["Allow"]).split(", ")  # type: ignore[attr-defined]
+            headers["Allow"] = ", ".join(sorted({*allowed, "OPTIONS"}))
+            message = f"{path} takes {', '.join(sorted(allowed))}, not {request.method}"
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
+        content = orjson.dumps({"error": message, "request_id": request_id})
+        return Response(content, status, headers, media_type="application/json")
+
+    async def answer(
+        self, route: Route, params: Mapping[str, str], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Answer a request with the handler of its route."""
         headers: dict[bytes, bytes] = dict(scope["headers"])
         given_id = headers.get(b"x-request-id")
-        request_id = new_request_id() if not given_id else given_id.decode("latin-1")
-        start_s = time.perf_counter()
-        self.in_flight += 1
+        request_id = request_id_of(given_id.decode("latin-1")) if given_id else new_request_id()
+        start_s, held_bytes = time.perf_counter(), 0
         caller, call = UNKNOWN, None
         try:
-            if given_id and not REQUEST_ID.fullmatch(request_id):
-                raise PayloadError(400, "X-Request-Id: at most 128 letters, digits, `.`, `_`, `-`")
-            route, params = self._match(scope["method"], scope["path"])
-            if not route.is_open:
-                caller = self.admit(headers)
-            body = await _read(headers, receive) if scope["method"] == "POST" else b""
-            if body and (encoding := headers.get(b"content-encoding")):
-                # In a thread: a few bytes can hold all that the limit allows.
-                body = await asyncio.to_thread(decoded, body, encoding)
-            call = Call(params, headers, body, request_id, caller)
-            reply = await route.handler(call)
+            if route.scope is not None:
+                self._browsers.check(scope["method"], headers)
+                caller = self._authenticate(headers)
+                if request_id == PROBE_ID and caller not in (INTERNAL, ANYONE):
+                    # Requests of this id are not logged, which only the line itself may ask for.
+                    request_id = new_request_id()
+                self._check_room(1)
+            body: bytes = b""
+            if route.method == "POST":
+                body, held_bytes = await self._bodies.read(headers, receive)
+                # The upload is the client's time.
+                start_s = time.perf_counter()
+            self.in_flight += 1
+            try:
+                if route.scope is not None:
+                    self._check_room(0)
+                if body and (encoding := headers.get(b"content-encoding")):
+                    # In a thread: a few bytes can hold all that the limit allows.
+                    body = await asyncio.to_thread(decoded, body, encoding)
+                    self._bodies.hold(len(body))
+                    held_bytes += len(body)
+                call = Call(params, headers, body, request_id, caller)
+                reply = await route.handler(call)
+            finally:
+                self.in_flight -= 1
         except PayloadError as error:
             request_id = call.request_id if call else request_id
-            reply = json_reply({"error": error.message, "request_id": request_id}, error.status)
-            if error.status == 503:
-                reply.headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
-            elif error.status == 401:
-                reply.headers.append((b"www-authenticate", b"Bearer"))
-            elif error.status == 405:
-                reply.headers.append((b"allow", ", ".join(self._methods(scope["path"])).encode()))
-            elif error.status == 415 and b"content-encoding" in headers:
-                reply.headers.append((b"accept-encoding", b"gzip, deflate"))
+            reply = _error_reply(error, headers, request_id)
+        except ClientGone:
+            self.count(None, caller, CLIENT_GONE, 0.0)
+            return
         except Exception:
             request_id = call.request_id if call else request_id
             _log.exception("request %s failed", request_id)
             message = "the server failed on this request; its log has the cause under request_id"
             reply = json_reply({"error": message, "request_id": request_id}, 500)
         finally:
-            self.in_flight -= 1
+            self._bodies.release(held_bytes)
         self.count(call, caller, reply.status, time.perf_counter() - start_s)
-        if reply.status != 304:
-            reply.headers.append((b"content-length", b"%d" % len(reply.body)))
+        scope[_IS_COUNTED] = True
+        reply.headers.append((b"content-length", b"%d" % len(reply.body)))
         if FAST_LANE in scope:
             # Elsewhere Serve adds it.
             request_id = call.request_id if call else request_id
@@ -227,9 +320,12 @@ class App:
     def admit(self, headers: Mapping[bytes, bytes]) -> str:
         """Return the caller's name; raise PayloadError 401, or 503 if too much is in flight."""
         caller = self._authenticate(headers)
-        if self.in_flight > self._max_in_flight:
-            raise PayloadError(503, f"{self._max_in_flight} requests are in flight here; try again")
+        self._check_room(0)
         return caller
+
+    def _check_room(self, num_more: int) -> None:
+        if self.in_flight + num_more > self._max_in_flight:
+            raise PayloadError(503, f"{self._max_in_flight} requests are in flight here; try again")
 
     def count(self, asked: Asked | None, caller: str, status: int, seconds: float) -> None:
         """Count an answer, and log it if a version was asked for it."""
@@ -249,78 +345,30 @@ class App:
             status=status,
         )
 
-    def _match(self, method: str, path: str) -> tuple[Route, Mapping[str, str]]:
-        methods, params = self._find(path)
-        route = methods.get("GET" if method == "HEAD" else method)
-        if route is None:
-            raise PayloadError(405, f"{path} takes {', '.join(self._methods(path))}, not {method}")
-        return route, params
-
-    def _find(self, path: str) -> tuple[Mapping[str, Route], Mapping[str, str]]:
-        methods = self._exact.get(path)
-        if methods is not None:
-            return methods, {}
-        for pattern, candidates in self._patterns:
-            if match := pattern.fullmatch(path):
-                return candidates, match.groupdict()
-        raise PayloadError(404, f"there is no {path}; see /docs")
-
-    def _methods(self, path: str) -> list[str]:
-        methods, _ = self._find(path)
-        return sorted({*methods, *(["HEAD"] if "GET" in methods else [])})
-
     async def _openapi(self, call: Call) -> Reply:
-        if self._document is None:
-            self._document = orjson.dumps(self._describe())
         return Reply(self._document)
 
-    def _describe(self) -> dict[str, Any]:
-        document = FastAPI(title=self._title, description=self._description)
-        for route in (route for route in self._routes if not route.is_page):
-            extra = (
-                {"requestBody": {"required": True, "content": dict(route.request)}}
-                if route.request
-                else None
-            )
-            document.add_api_route(
-                route.path,
-                _endpoint(route),
-                methods=[route.method],
-                summary=route.summary,
-                operation_id=f"{route.method} {route.path}",
-                response_model=route.response,
-                responses={status: {"model": schemas.Error} for status in route.errors},
-                openapi_extra=extra,
-            )
-        return document.openapi()
+
+@dataclass(frozen=True, slots=True)
+class _Endpoint:
+    """Starlette's side of a route that is not routed by hand."""
+
+    app: App
+    route: Route
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app.answer(self.route, scope["path_params"], scope, receive, send)
 
 
-def _endpoint(route: Route) -> Callable[..., None]:
-    """Return a function whose signature shows FastAPI the path parameters of a route."""
-    names = re.findall(r"\{(\w+)\}", route.path)
-    namespace: dict[str, Any] = {}
-    exec(f"def endpoint({', '.join(f'{name}: str' for name in names)}): ...", namespace)
-    endpoint: Callable[..., None] = namespace["endpoint"]
-    return endpoint
-
-
-async def _read(headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
-    """Read a body, at most MAX_BODY_BYTES of it; raise PayloadError 413 before reading more."""
-    too_large = PayloadError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
-    length = headers.get(b"content-length", b"0")
-    if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-        raise too_large
-    message = await receive()
-    body: bytes = message.get("body", b"")
-    if not message.get("more_body"):
-        return body
-    chunks, size = [body], len(body)
-    while message.get("more_body"):
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise PayloadError(400, "the connection ended before the body did")
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        if size > MAX_BODY_BYTES:
-            raise too_large
-    return b"".join(chunks)
+def _error_reply(error: PayloadError, headers: Mapping[bytes, bytes], request_id: str) -> Reply:
+    reply = json_reply({"error": error.message, "request_id": request_id}, error.status)
+    if error.status == 503:
+        reply.headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+    elif error.status == 401:
+        reply.headers.append((b"www-authenticate", b"Bearer"))
+    elif error.status == 408:
+        # The rest of the body may still come; nobody reads it.
+        reply.headers.append((b"connection", b"close"))
+    elif error.status == 415 and b"content-encoding" in headers:
+        reply.headers.append((b"accept-encoding", b"gzip, deflate"))
+    return reply

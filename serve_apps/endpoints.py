@@ -20,7 +20,7 @@ from lib.watch.labels import LabelLog
 from lib.watch.predictions import num_answers
 from lib.watch.recorder import FLUSH_EVERY_S
 from lib.watch.segments import SPAN_US
-from serve_apps import pages, schemas, watching
+from serve_apps import schemas, watching
 from serve_apps.asgi import JSON, Call, Header, Reply, Route, json_reply
 
 LARGE_BODY_BYTES = 2**16
@@ -111,6 +111,10 @@ class Endpoints:
 
     async def feedback(self, call: Call) -> Reply:
         """POST /feedback: the true label of an answer, on disk before this returns."""
+        kind = (call.header(b"content-type") or "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            # A form of another site's page can send other types without asking first.
+            raise PayloadError(415, "send the label with `Content-Type: application/json`")
         content = payload.load_json(call.body)
         model = content.get("model") if isinstance(content, dict) else None
         if model is not None and not isinstance(model, str):
@@ -248,7 +252,8 @@ def routes(endpoints: Endpoints) -> list[Route]:
     }
     feedback = {"application/json": {"schema": schemas.Feedback.model_json_schema()}}
     infer = {"application/json": {"schema": {"type": "object"}}, "application/octet-stream": binary}
-    post_errors = (400, 401, 404, 413, 415, 422, 503)
+    post_errors = (400, 401, 404, 408, 413, 415, 422, 503)
+    chosen = ("X-Model-Version", "X-Routing-Key", "traceparent")
     table: list[Route] = []
 
     def add(method: str, path: str, handler: Any, summary: str, **options: Any) -> None:
@@ -256,25 +261,34 @@ def routes(endpoints: Endpoints) -> list[Route]:
 
     for path in ("/predict", "/predict/{model}"):
         add(
-            "POST", path, endpoints.predict, "Classify one image.",
+            "POST", path, endpoints.predict, "Classify one image.", tag="predict",
+            scope="predict", is_hot=True, headers=chosen,
             response=schemas.Prediction, request=picture, errors=post_errors,
         )  # fmt: skip
     add(
         "POST", "/feedback", endpoints.feedback, "Store the true label of an answer.",
+        tag="label", scope="label",
         response=schemas.FeedbackStored, request=feedback, errors=post_errors,
     )  # fmt: skip
-    add("GET", "/traffic", endpoints.traffic, "The traffic policy in force.", errors=(401, 503))
-    add("GET", "/v2", endpoints.server, "Server metadata.", is_open=True)
-    add("GET", "/v2/health/live", endpoints.live, "Whether the server is up.", is_open=True)
+    add(
+        "GET", "/traffic", endpoints.traffic, "The traffic policy in force.",
+        scope="view", errors=(503,),
+    )  # fmt: skip
+    v2 = "Open Inference Protocol"
+    add("GET", "/v2", endpoints.server, "Server metadata.", tag=v2)
+    add("GET", "/v2/health/live", endpoints.live, "Whether the server is up.", tag=v2)
     add(
         "GET", "/v2/health/ready", endpoints.ready, "Whether models are loaded.",
-        errors=(503,), is_open=True,
+        tag=v2, errors=(503,),
     )  # fmt: skip
     for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        add("GET", base, endpoints.model, "Model metadata.", errors=(401, 404, 503))
-        add("GET", f"{base}/ready", endpoints.model_ready, "Model ready.", errors=(401, 404, 503))
+        asked: dict[str, Any] = {"tag": v2, "scope": "predict", "errors": (404, 503)}
+        add("GET", base, endpoints.model, "Model metadata.", **asked)
+        add("GET", f"{base}/ready", endpoints.model_ready, "Model ready.", **asked)
         add(
             "POST", f"{base}/infer", endpoints.infer, "Classify a batch.",
+            tag=v2, scope="predict", is_hot=True,
+            headers=(*chosen, "Inference-Header-Content-Length"),
             request=infer, errors=post_errors,
         )  # fmt: skip
-    return [*table, *watching.routes(endpoints.watching), *pages.routes()]
+    return [*table, *watching.routes(endpoints.watching)]

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import orjson
 from starlette.middleware import Middleware
+from starlette.types import Receive, Scope, Send
 
-from serve_apps.asgi import FAST_LANE, JSON, Receive, Scope, Send
+from serve_apps.asgi import FAST_LANE, JSON
 
 Answer = Callable[[Scope, Receive, Send], Awaitable[None]]
 

@@ -31,6 +31,7 @@ from lib.watch.recorder import Recorder
 from lib.watch.stats import Stats
 from serve_apps import fast_lane
 from serve_apps.asgi import App
+from serve_apps.browsers import BrowserRules
 from serve_apps.endpoints import Endpoints, routes
 from serve_apps.grpc_lane import GrpcLane
 from serve_apps.reporter import Reporter
@@ -80,6 +81,7 @@ class Gateway(GrpcLane):
             description="Image classification, several model versions behind one address.",
             authenticate=lambda headers: authenticate(self._keys, headers),
             recorder=self._recorder,
+            browsers=BrowserRules.from_env(os.environ),
         )
         self._tasks = [
             loop.create_task(self._follow_policy()),

@@ -15,10 +15,11 @@ from tritonclient.grpc import service_pb2 as messages
 
 from lib.serving import oip_grpc
 from lib.serving.bundle import Card
-from lib.serving.feedback import REQUEST_ID, new_request_id
+from lib.serving.feedback import PROBE_ID, REQUEST_ID, new_request_id
+from lib.serving.keys import ANYONE, INTERNAL
 from lib.serving.payload import PayloadError
 from lib.serving.router import Router, Version
-from serve_apps.asgi import UNKNOWN, App
+from serve_apps.asgi import UNKNOWN, App, request_id_of
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -92,7 +93,7 @@ class GrpcLane:
 
     async def _infer(self, call: _Call) -> Any:
         message, table = call.message, self._router.table
-        pin = message.model_version or call.metadata.get("x-model-version")
+        pin = message.model_version or call.metadata.get("x-model-version") or None
         key = call.metadata.get("x-routing-key") or call.request_id
         version = table.pick(message.model_name, pin, key)
         call.card = version.card
@@ -121,8 +122,7 @@ class GrpcLane:
         """Answer a call within the gateway's bounds; an error becomes its code in gRPC."""
         metadata = {str(name): str(value) for name, value in context.invocation_metadata()}
         # One id for a request: that of its message, else of its metadata, else a new one.
-        given_id = getattr(message, "id", "") or metadata.get("x-request-id")
-        request_id = given_id or new_request_id()
+        request_id = getattr(message, "id", "") or request_id_of(metadata.get("x-request-id"))
         call = _Call(message, metadata, request_id, [("x-request-id", request_id)])
         headers = {name.encode(): value.encode() for name, value in metadata.items()}
         status = 200
@@ -131,10 +131,11 @@ class GrpcLane:
         try:
             if not REQUEST_ID.fullmatch(request_id):
                 call.trailing.clear()
-                raise PayloadError(
-                    400, "`id` or x-request-id: at most 128 letters, digits, `.`, `_`, `-`"
-                )
+                raise PayloadError(400, "`id`: at most 128 letters, digits, `.`, `_`, `-`")
             call.caller = self._app.admit(headers)
+            if request_id == PROBE_ID and call.caller not in (INTERNAL, ANYONE):
+                call.request_id = new_request_id()
+                call.trailing[:] = [("x-request-id", call.request_id)]
             answered = await answer(call)
         except PayloadError as error:
             status, answered = error.status, empty()

@@ -94,11 +94,13 @@ def links(env: Mapping[str, str]) -> dict[str, str]:
 def routes(watching: Watching) -> list[Route]:
     """Return the paths."""
     table: list[tuple[str, Any, str, tuple[int, ...]]] = [
-        ("/stats", watching.stats, "Requests and latency of the last 15 minutes.", (401, 503)),
-        ("/watch", watching.watch, "Quality, drift and rollout as last judged.", (401, 503)),
-        ("/samples/{model}", watching.samples, "Some test images.", (401, 404, 503)),
+        ("/stats", watching.stats, "Requests and latency of the last 15 minutes.", (503,)),
+        ("/watch", watching.watch, "Quality, drift and rollout as last judged.", (503,)),
+        ("/samples/{model}", watching.samples, "Some test images.", (404, 503)),
     ]
     return [
-        Route(method="GET", path=path, handler=handler, summary=summary, errors=errors)
+        Route(
+            method="GET", path=path, handler=handler, summary=summary, errors=errors, scope="view"
+        )
         for path, handler, summary, errors in table
     ]

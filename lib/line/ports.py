@@ -63,6 +63,8 @@ _PLACES = {
     "RAYLINE_HTTP_HOST": "address that inference binds (127.0.0.1; of a given cluster: its own)",
     "RAYLINE_LOG_IMAGES": "percent of requests with image in the log; at the head's start (100)",
     "RAYLINE_LOG_DAYS": "days that the log of predictions is kept; at the head's start (30)",
+    "RAYLINE_CORS_ORIGINS": "web pages that may call the gateways; at the head's start (none)",
+    "RAYLINE_ALLOWED_HOSTS": "names of this line in URLs; at the head's start (this machine's)",
     "RAYLINE_SERVE_API": "Ray dashboard of the cluster that serves, if it is not the jobs' one",
     "RAYLINE_SERVE_URL": "address of the models (the inference port of this machine or cluster)",
     "RAYLINE_RAYSERVICE": "Kubernetes RayService that jobs there tell what is live (none)",

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import orjson
 
 from lib.serving.bundle import Card
-from lib.serving.feedback import REQUEST_ID
+from lib.serving.feedback import PROBE_ID, REQUEST_ID
 from lib.serving.payload import MAX_BATCH, PayloadError, load_json
 
 INPUT, OUTPUT = "images", "probabilities"
@@ -85,6 +85,8 @@ def check_id(identifier: str | None) -> str | None:
     """
     if identifier and not REQUEST_ID.fullmatch(identifier):
         raise PayloadError(400, "`id`: at most 128 letters, digits, `.`, `_`, `-`")
+    if identifier == PROBE_ID:
+        raise PayloadError(400, f"`id`: {PROBE_ID} is for the line's own requests")
     return identifier or None
 
 

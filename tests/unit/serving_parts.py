@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from typing import Any
 
@@ -101,6 +102,9 @@ async def request(
     chunks = [body[:1000], body[1000:]] if len(body) > 1000 else [body]
 
     async def receive() -> dict[str, Any]:
+        if not chunks:
+            # Nothing comes after the body while the client waits.
+            await asyncio.Event().wait()
         chunk = chunks.pop(0)
         return {"type": "http.request", "body": chunk, "more_body": bool(chunks)}
 
@@ -108,8 +112,8 @@ async def request(
         sent.append(message)
 
     raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
-    scope = {"type": "http", "method": method, "path": path, "headers": raw}
+    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": raw}
     await app(scope, receive, send)
-    start, end = sent
+    start, *parts = sent
     names = {name.decode(): value.decode() for name, value in start["headers"]}
-    return Response(start["status"], names, end["body"])
+    return Response(start["status"], names, b"".join(part.get("body", b"") for part in parts))

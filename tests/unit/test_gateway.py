@@ -39,6 +39,7 @@ from tests.unit.serving_parts import (
 )
 
 RAW = {"content-type": "application/octet-stream"}
+JSON = {"content-type": "application/json"}
 IMAGE = bytes([1] + [0] * 23)
 CLASSES = ("square", "circle", "star")
 
@@ -94,22 +95,23 @@ def test_a_routing_key_is_sticky_and_keys_are_shared_by_weight(tmp_path: Path) -
         ("POST", "/predict", IMAGE, {**RAW, "x-model-version": "latest"}, 404, "there are: 1, 2"),
         ("POST", "/predict", IMAGE, {**RAW, "x-model-version": "²"}, 404, "there are: 1, 2"),
         ("POST", "/predict/cats", IMAGE, RAW, 404, "there are: shapes"),
-        ("POST", "/predict", IMAGE, {**RAW, "x-request-id": "a b"}, 400, "X-Request-Id"),
+        ("POST", "/feedback", b"{}", {"content-type": "text/plain"}, 415, "application/json"),
+        ("POST", "/predict", IMAGE, {**RAW, "content-length": "9" * 5000}, 413, "larger"),
         ("POST", "/predict", IMAGE, {"content-type": "a/b"}, 415, "send image/png"),
         ("POST", "/predict", b"123", RAW, 422, "24 bytes"),
         ("POST", "/predict", IMAGE, {**RAW, "content-length": "99999999"}, 413, "larger"),
         ("POST", "/predict", IMAGE, {**RAW, "content-length": "x"}, 413, "larger"),
         ("GET", "/predict", b"", {}, 405, "takes POST"),
         ("GET", "/nothing", b"", {}, 404, "see /docs"),
-        ("POST", "/feedback", b"{", {}, 400, "malformed JSON"),
-        ("POST", "/feedback", b"[]", {}, 422, "send"),
-        ("POST", "/feedback", b'{"request_id": "a"}', {}, 422, "send"),
-        ("POST", "/feedback", b'{"request_id": "/", "label": 1}', {}, 422, "request_id"),
-        ("POST", "/feedback", b'{"request_id": "a", "label": 3}', {}, 422, "0–2"),
-        ("POST", "/feedback", b'{"request_id": "a", "label": "cat"}', {}, 422, "square"),
-        ("POST", "/feedback", b'{"request_id": "a", "label": [1]}', {}, 422, "square"),
-        ("POST", "/feedback", b'{"request_id": "a", "label": 1, "index": -1}', {}, 422, "index"),
-        ("POST", "/feedback", b'{"request_id": "a", "label": 1, "index": "0"}', {}, 422, "index"),
+        ("POST", "/feedback", b"{", JSON, 400, "malformed JSON"),
+        ("POST", "/feedback", b"[]", JSON, 422, "send"),
+        ("POST", "/feedback", b'{"request_id": "a"}', JSON, 422, "send"),
+        ("POST", "/feedback", b'{"request_id": "/", "label": 1}', JSON, 422, "request_id"),
+        ("POST", "/feedback", b'{"request_id": "a", "label": 3}', JSON, 422, "0–2"),
+        ("POST", "/feedback", b'{"request_id": "a", "label": "cat"}', JSON, 422, "square"),
+        ("POST", "/feedback", b'{"request_id": "a", "label": [1]}', JSON, 422, "square"),
+        ("POST", "/feedback", b'{"request_id": "a", "label": 1, "index": -1}', JSON, 422, "index"),
+        ("POST", "/feedback", b'{"request_id": "a", "label": 1, "index": "0"}', JSON, 422, "index"),
         ("GET", "/v2/models/cats", b"", {}, 404, "shapes"),
         ("GET", "/v2/models/shapes/versions/9", b"", {}, 404, "1, 2"),
         ("POST", "/v2/models/shapes/infer", b"[]", {}, 400, "JSON object"),
@@ -137,7 +139,7 @@ def test_every_error_of_the_contract_says_what_to_do(
 def test_an_oversize_body_is_refused_before_it_is_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve_apps.asgi.MAX_BODY_BYTES", 1500)
+    monkeypatch.setattr("serve_apps.bodies.MAX_BODY_BYTES", 1500)
 
     async def scenario(app: App) -> None:
         # No Content-Length, as with chunked transfer.
@@ -235,8 +237,55 @@ def test_head_is_a_get_without_a_body_and_405_says_what_is_allowed(tmp_path: Pat
             assert (head.status, head.body) == (200, b"")
             assert head.headers["content-length"] == str(len(got.body))
         refused = await request(app, "HEAD", "/predict")
-        assert (refused.status, refused.headers["allow"]) == (405, "POST")
-        assert (await request(app, "POST", "/traffic")).headers["allow"] == "GET, HEAD"
+        assert (refused.status, refused.headers["allow"]) == (405, "OPTIONS, POST")
+        assert refused.json["request_id"]
+        for path in ("/traffic", "/", "/console/console.js"):
+            for method, status in (("POST", 405), ("OPTIONS", 204)):
+                answer = await request(app, method, path)
+                assert (answer.status, answer.headers["allow"]) == (status, "GET, HEAD, OPTIONS")
+        asked = await request(app, "OPTIONS", "/v2/models/shapes/versions/1/infer")
+        assert (asked.status, asked.body, asked.headers["allow"]) == (204, b"", "OPTIONS, POST")
+        assert (await request(app, "OPTIONS", "/nothing")).status == 404
+
+    run(tmp_path, scenario)
+
+
+def test_a_slash_at_the_end_of_a_path_changes_nothing(tmp_path: Path) -> None:
+    async def scenario(app: App) -> None:
+        for path in ("/predict/", "/predict/shapes/"):
+            assert (await request(app, "POST", path, IMAGE, RAW)).json["label"] == "circle"
+        for path in ("/v2/", "/v2/models/shapes/", "/traffic/", "/docs/"):
+            assert (await request(app, "GET", path)).status == 200
+        assert (await request(app, "POST", "/v2/models/shapes/infer/", b"{}")).status == 422
+        assert (await request(app, "GET", "/predict/")).status == 405
+
+    run(tmp_path, scenario)
+
+
+def test_an_unusable_request_id_is_replaced(tmp_path: Path) -> None:
+    async def scenario(app: App) -> None:
+        # As Kong makes them, and others.
+        for given in ("f47ac10b-58cc#1", "a b", "x" * 129, ""):
+            headers = {**RAW, "X-Request-Id": given, "X-Model-Version": ""}
+            answer = await request(app, "POST", "/predict", IMAGE, headers)
+            assert answer.status == 200
+            assert second_of(answer.json["request_id"]) is not None
+            refused = await request(app, "GET", "/nothing", b"", headers)
+            assert second_of(refused.json["request_id"]) is not None
+        refused = await request(app, "GET", "/nothing", b"", {"X-Request-Id": "mine"})
+        assert refused.json["request_id"] == "mine"
+
+    run(tmp_path, scenario)
+
+
+def test_what_is_large_is_compressed_for_who_takes_it(tmp_path: Path) -> None:
+    async def scenario(app: App) -> None:
+        for path in ("/docs/swagger-ui.css", "/openapi.json"):
+            plain = await request(app, "GET", path)
+            packed = await request(app, "GET", path, b"", {"Accept-Encoding": "gzip"})
+            assert (packed.status, packed.headers["content-encoding"]) == (200, "gzip")
+            assert gzip.decompress(packed.body) == plain.body
+            assert len(packed.body) < len(plain.body) / 3
 
     run(tmp_path, scenario)
 
@@ -264,7 +313,7 @@ def test_feedback_is_on_disk_when_it_is_acknowledged(tmp_path: Path) -> None:
         given: list[int] = []
         for label in (1, "star"):
             body = json.dumps({"request_id": "abc", "label": label}).encode()
-            assert (await request(app, "POST", "/feedback", body)).json["stored"] is True
+            assert (await request(app, "POST", "/feedback", body, JSON)).json["stored"] is True
             given.append(CLASSES.index(label) if isinstance(label, str) else label)
             labels = read_labels(Storage(str(tmp_path)), "shapes", start_us=0, end_us=MAX_US)
             assert [(row["request_id"], row["label"]) for row in labels.to_pylist()] == [
@@ -284,10 +333,10 @@ def test_a_label_that_can_not_be_stored_is_not_acknowledged(
     async def scenario(app: App) -> None:
         body = json.dumps({"request_id": "abc", "label": 1}).encode()
         monkeypatch.setattr(Storage, "write", full)
-        answer = await request(app, "POST", "/feedback", body)
+        answer = await request(app, "POST", "/feedback", body, JSON)
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
         monkeypatch.undo()
-        assert (await request(app, "POST", "/feedback", body)).status == 200
+        assert (await request(app, "POST", "/feedback", body, JSON)).status == 200
         labels = read_labels(Storage(str(tmp_path)), "shapes", start_us=0, end_us=MAX_US)
         assert labels["label"].to_pylist() == [1]
 
@@ -296,7 +345,7 @@ def test_a_label_that_can_not_be_stored_is_not_acknowledged(
 
 async def feedback(app: App, request_id: str, index: int = 0) -> Any:
     body = json.dumps({"request_id": request_id, "label": 1, "index": index}).encode()
-    answer = await request(app, "POST", "/feedback", body)
+    answer = await request(app, "POST", "/feedback", body, JSON)
     assert (answer.status, answer.json["stored"]) == (200, True)
     return answer.json["known"]
 

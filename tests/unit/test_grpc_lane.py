@@ -76,6 +76,16 @@ def as_numbers(request: Any, values: list[int]) -> Any:
     return request
 
 
+def test_an_unusable_request_id_in_the_metadata_is_replaced(tmp_path: Path) -> None:
+    async def scenario(lane: Lane) -> None:
+        context = Context(x_request_id="a#1", x_model_version="")
+        answer = await lane.ModelInfer(infer_request(), context)
+        assert context.code is None
+        assert context.trailing["x-request-id"] == answer.id != "a#1"
+
+    run(tmp_path, scenario)
+
+
 def with_class_count(request: Any) -> None:
     output = request.outputs.add(name="probabilities")
     output.parameters["classification"].int64_param = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lib.errors import ServingError
 from lib.serving import policy
 from lib.serving.batcher import Predict
 from lib.serving.bundle import Card, write_bundle
+from lib.serving.feedback import PROBE_ID
 from lib.serving.keys import (
     INTERNAL,
     KEYS_FILE,
@@ -120,6 +122,30 @@ def test_a_gateway_asks_for_keys_but_not_for_docs_and_health(tmp_path: Path) -> 
         assert (await request(app, "POST", "/predict", IMAGE, pinned)).status == 200
         assert app.record.requests["shapes", "1", "day", 200] == 1
         assert app.record.requests["", "", "unknown", 401] == 2
+
+    asyncio.run(scenario())
+
+
+def test_only_the_line_itself_can_ask_without_being_logged(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        storage = Storage(str(tmp_path))
+        publish(storage, {1: 100})
+        key = add_key(storage, "day")
+        app = await gateway(storage)
+        probe = {**RAW, "X-Request-Id": PROBE_ID}
+        own = {**probe, **internal_headers(storage)}
+        assert (await request(app, "POST", "/predict", IMAGE, own)).json["request_id"] == PROBE_ID
+        caller = {**probe, "X-API-Key": key}
+        answer = await request(app, "POST", "/predict", IMAGE, caller)
+        tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 4, 6, 1], "data": [0] * 24}
+        body = json.dumps({"id": PROBE_ID, "inputs": [tensor]}).encode()
+        refused = await request(app, "POST", "/v2/models/shapes/infer", body, {"X-API-Key": key})
+        assert refused.status == 400
+        assert app.recorder is not None
+        await app.recorder.flush()
+        log = read(storage, "shapes", start_us=0, end_us=MAX_US)
+        assert log["request_id"].to_pylist() == [answer.json["request_id"]]
+        assert answer.json["request_id"] != PROBE_ID
 
     asyncio.run(scenario())
 
