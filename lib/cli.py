@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from lib.errors import RaylineError
+from lib.secrets import UMASK
 
 _START = time.monotonic()
 _INTERRUPTED = 130
@@ -58,6 +59,7 @@ def run(
         has_text: The job has printed its result for people by itself.
     """
     for_people = sys.stdout.isatty() and not only_json
+    os.umask(UMASK)
     try:
         try:
             with contextlib.redirect_stdout(sys.stderr) if only_json else contextlib.nullcontext():

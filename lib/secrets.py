@@ -1,4 +1,4 @@
-"""Keeps passwords out of what is recorded, and secrets away from code that is not ours.
+"""Keeps passwords out of what is recorded, and secrets away from code and users that are not ours.
 
 Addresses travel into logs, job metadata and MLflow.
 """
@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path
 
 from lib.errors import ConfigError
 
+UMASK = 0o077
+"""Of every process that writes what callers sent, or keys: nobody else on the machine reads it."""
+PRIVATE_DIR_VARIABLE = "RAYLINE_PRIVATE_DIR"
+"""Folder on this node that only this user may enter, for sockets."""
 _USER_AND_PASSWORD = re.compile(r"\w[\w+.-]*://[^/?#]*:[^/?#]*@")
 _SECRET_PARAMETER = re.compile(r"[?&][^=&#]*(secret|password|token|signature|key)[^=&#]*=", re.I)
 
@@ -45,3 +50,27 @@ def bare_environment(home: str, python_path: Path) -> dict[str, str]:
         "PYTHONPATH": str(python_path),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that only this user may enter, or close one of this user's to all others.
+
+    Its parent must exist.
+
+    Raises:
+        PermissionError: It is another user's, or a link, which another user can have put there.
+    """
+    folder.mkdir(mode=0o700, exist_ok=True)
+    check_owner(folder)
+    if folder.stat().st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def check_owner(folder: Path) -> os.stat_result:
+    """Return the status of a folder; raise PermissionError if it is another user's, or a link."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise PermissionError(f"{folder} is not a folder; remove it")
+    if found.st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user (uid {found.st_uid})")
+    return found

@@ -15,6 +15,7 @@ from ray.serve.schema import ApplicationStatus
 
 from lib.config import log_days, log_images_percent
 from lib.device import granted_device
+from lib.secrets import PRIVATE_DIR_VARIABLE
 from lib.serving.batcher import Predict
 from lib.serving.bundle import Card
 from lib.serving.channel import ChannelLost, Channels, channel_folder
@@ -188,7 +189,9 @@ class Gateway(GrpcLane):
             serve.get_deployment_handle, VERSION_DEPLOYMENT, application
         )
 
-        folder = channel_folder(ray.get_runtime_context().gcs_address)
+        folder = channel_folder(
+            ray.get_runtime_context().gcs_address, os.environ.get(PRIVATE_DIR_VARIABLE)
+        )
         channels = Channels(folder, application, len(card.class_names))
         await channels.refresh()
         self._channels[application] = channels

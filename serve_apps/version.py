@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import numpy.typing as npt
 import ray
@@ -9,6 +11,7 @@ from ray import serve
 from ray.serve import Application
 
 from lib.device import granted_device
+from lib.secrets import PRIVATE_DIR_VARIABLE
 from lib.serving.bundle import read_card
 from lib.serving.channel import channel_folder, serve_channel
 from lib.serving.plan import version_application
@@ -27,7 +30,9 @@ class Version:
         self._meter: BusyMeter | None = None
         self._calls = 0
         self._channel = await serve_channel(
-            channel_folder(ray.get_runtime_context().gcs_address),
+            channel_folder(
+                ray.get_runtime_context().gcs_address, os.environ.get(PRIVATE_DIR_VARIABLE)
+            ),
             version_application(card.name, card.version),
             serve.get_replica_context().replica_id.unique_id,
             self._answer,

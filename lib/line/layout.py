@@ -21,7 +21,7 @@ from lib.config import MAX_BODY_BYTES, MLFLOW_SECRETS, STORAGE_SECRETS, is_loopb
 from lib.errors import ConfigError, LineError
 from lib.line.ports import RANGE_SIZE, read_ports, variable
 from lib.line.processes import LINE_VARIABLE, PART_VARIABLE
-from lib.secrets import refuse_password
+from lib.secrets import PRIVATE_DIR_VARIABLE, make_private, refuse_password
 from lib.watch.dashboards import embedding
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -152,9 +152,18 @@ class Line:
         return hashlib.sha256(str(self.home).encode()).hexdigest()[:10]
 
     @property
-    def ray_temp_dir(self) -> str:
-        """Ray's folder; short, since the paths of Unix sockets are limited to 107 bytes."""
+    def private_dir(self) -> str:
+        """Folder of sessions and sockets; short, as paths of Unix sockets have at most 107 bytes.
+
+        Nobody else may enter it: Ray gives everybody the right to write into its own folders, and
+        HAProxy's admin socket is open to all.
+        """
         return f"/tmp/rayline-{self.line_id}"
+
+    @property
+    def ray_temp_dir(self) -> str:
+        """Ray's folder."""
+        return f"{self.private_dir}/ray"
 
     @property
     def logs(self) -> Path:
@@ -277,8 +286,9 @@ class Line:
 
     def _ray_env(self) -> dict[str, str]:
         ports = {name: str(port) for name, port in self.ports.items()}
-        haproxy = f"{self.ray_temp_dir}/ha"
+        haproxy = f"{self.private_dir}/ha"
         return {
+            PRIVATE_DIR_VARIABLE: self.private_dir,
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             # Ray's own limit, 30 s, is too short for a machine that is busy.
             "RAY_gcs_server_port_wait_time_s": "120",
@@ -317,14 +327,15 @@ class Line:
 
     def prepare(self) -> None:
         """Make the folders and the token."""
-        for folder in (self.home, self.logs):
-            folder.mkdir(parents=True, exist_ok=True)
-        Path(self.ray_temp_dir).mkdir(mode=0o700, exist_ok=True)
-        if Path(self.ray_temp_dir).stat().st_uid != os.getuid():
-            raise LineError(f"{self.ray_temp_dir} belongs to another user; set RAYLINE_HOME")
+        self.home.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self.home, self.logs, Path(self.private_dir)):
+            try:
+                make_private(folder)
+            except PermissionError as error:
+                raise LineError(f"{error}; set RAYLINE_HOME to a folder of your own") from error
         token = self.home / "auth_token"
         if not token.exists():
-            _write(token, os.urandom(32).hex(), mode=0o600)
+            _write(token, os.urandom(32).hex())
 
     def recorded_ports(self) -> dict[str, int]:
         """Return the ports that the line had when its parts were last started."""
@@ -363,11 +374,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _write(path: Path, content: str, mode: int = 0o644) -> None:
+def _write(path: Path, content: str) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(descriptor, "w") as stream:
         stream.write(content)
-    os.chmod(temporary, mode)
     os.replace(temporary, path)
 
 

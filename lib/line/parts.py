@@ -28,6 +28,7 @@ from lib.errors import LineError
 from lib.line.layout import Line
 from lib.line.ports import RAY_PORTS, check_free
 from lib.line.processes import end, find
+from lib.secrets import UMASK
 from lib.serving.channel import channel_folder
 from lib.watch.alerts import rules
 
@@ -90,6 +91,7 @@ def bring_up(line: Line) -> list[str]:
     """
     with _exclusive(line):
         line.prepare()
+        _warn_of_open_storage(line)
         missing = [part for part in parts(line) if not _is_up(line, part)]
         # Before anything is ended: a port that was never this line's must be free already.
         recorded = set(line.recorded_ports().values())
@@ -97,7 +99,7 @@ def bring_up(line: Line) -> list[str]:
             new = [name for name in part.ports if line.ports[name] not in recorded]
             check_free(line.ports, new)
         for part in missing:
-            if num_ended := end(line.line_id, line.ray_temp_dir, part.name):
+            if num_ended := end(line.line_id, line.private_dir, part.name):
                 progress("up", f"{part.title} was not answering: ended its {num_ended} processes")
         for part in missing:
             check_free(line.ports, part.ports)
@@ -117,17 +119,29 @@ def bring_up(line: Line) -> list[str]:
 def take_down(line: Line) -> int:
     """End everything that the line started; return how many processes that were."""
     with _exclusive(line) if line.home.exists() else contextlib.nullcontext():
-        ended = end(line.line_id, line.ray_temp_dir)
+        ended = end(line.line_id, line.private_dir)
     if line.ray_url is None:
         cluster = f"{line.node_ip}:{line.ports['ray']}"
-        shutil.rmtree(channel_folder(cluster), ignore_errors=True)
+        for folder in (channel_folder(cluster), channel_folder(cluster, line.private_dir)):
+            shutil.rmtree(folder, ignore_errors=True)
     return ended
+
+
+def _warn_of_open_storage(line: Line) -> None:
+    """Say how to close a storage root that others may read: its mode is its owner's choice."""
+    root = Path((line.storage_uri or "").removeprefix("file://"))
+    if line.storage_uri and root.is_dir() and root.stat().st_mode & UMASK:
+        progress(
+            "up",
+            f"other users of this machine may enter {root}, which has callers' images and labels: "
+            f"`chmod 700 {shlex.quote(str(root))}` keeps them out",
+        )
 
 
 @contextlib.contextmanager
 def _exclusive(line: Line) -> Iterator[None]:
     """Hold the line's lock: of those that start or end its parts, one works at a time."""
-    line.home.mkdir(parents=True, exist_ok=True)
+    line.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(line.home / "lock", "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -264,7 +278,7 @@ def _write_prometheus_config(line: Line) -> None:
 
 def _is_up(line: Line, part: Part) -> bool:
     """Whether the part runs and answers; one that is starting gets the time that a start has."""
-    processes = find(line.line_id, line.ray_temp_dir, part.name)
+    processes = find(line.line_id, line.private_dir, part.name)
     if not processes:
         return False
     if _wait(lambda: _is_healthy(part), _RECOVER_S):
@@ -308,6 +322,7 @@ def _start(line: Line, part: Part) -> _Start:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            umask=UMASK,
             # Ctrl-C in the terminal ends `make up`, not what is already running.
             start_new_session=True,
         )
@@ -425,9 +440,14 @@ def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
 def _tidy_ray(line: Line) -> None:
     """Drop the logs of earlier heads, except the last one's, and what HAProxy left behind."""
     root = Path(line.ray_temp_dir)
+    # Directly in the private folder are those of lines that older code has started.
+    old = [path for path in root.parent.glob("session_*") if not path.is_symlink()]
     sessions = sorted(path for path in root.glob("session_2*") if path.is_dir())
-    for folder in (*sessions[:-1], root / "ha"):
+    for folder in (*old, *sessions[:-1], root.parent / "ha"):
         shutil.rmtree(folder, ignore_errors=True)
-    link = line.logs / "ray-sessions"
-    if not link.is_symlink():
-        link.symlink_to(root)
+    links = {"ray-sessions": root, "serve": root / "session_latest" / "logs" / "rayline"}
+    for name, target in links.items():
+        link = line.logs / name
+        if not link.is_symlink() or link.readlink() != target:
+            link.unlink(missing_ok=True)
+            link.symlink_to(target)

@@ -22,12 +22,18 @@ _SETTLE_S = 0.5
 _END_S = 30.0
 
 
-def find(line_id: str, ray_temp_dir: str, part: str | None = None) -> list[psutil.Process]:
-    """Return the processes of a line, or of one part of it, with all their descendants."""
+def find(line_id: str, folder: str, part: str | None = None) -> list[psutil.Process]:
+    """Return the processes of a line, or of one part of it, with all their descendants.
+
+    Args:
+        line_id: Mark of the line.
+        folder: The line's private folder, in which Ray's processes have their files.
+        part: Name of a part; None for all.
+    """
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         try:
-            if not _belongs(process, line_id, ray_temp_dir, part):
+            if not _belongs(process, line_id, folder, part):
                 continue
             found[process.pid] = process
             found.update({child.pid: child for child in process.children(recursive=True)})
@@ -38,7 +44,7 @@ def find(line_id: str, ray_temp_dir: str, part: str | None = None) -> list[psuti
     return [process for process in found.values() if _is_alive(process)]
 
 
-def end(line_id: str, ray_temp_dir: str, part: str | None = None) -> int:
+def end(line_id: str, folder: str, part: str | None = None) -> int:
     """End a line, or one part of it; return how many processes that were.
 
     Ray restarts what dies while it is ending, so this looks again until nothing is left.
@@ -49,11 +55,11 @@ def end(line_id: str, ray_temp_dir: str, part: str | None = None) -> int:
     ended: set[int] = set()
     deadline = time.monotonic() + _END_S
     while True:
-        processes = find(line_id, ray_temp_dir, part)
+        processes = find(line_id, folder, part)
         if not processes and ended:
             # One that was just being started has no environment to read for a moment.
             time.sleep(_SETTLE_S)
-            processes = find(line_id, ray_temp_dir, part)
+            processes = find(line_id, folder, part)
         if not processes:
             return len(ended)
         if time.monotonic() > deadline:
@@ -66,7 +72,7 @@ def end(line_id: str, ray_temp_dir: str, part: str | None = None) -> int:
         psutil.wait_procs(alive, timeout=_TERMINATE_S)
 
 
-def _belongs(process: psutil.Process, line_id: str, ray_temp_dir: str, part: str | None) -> bool:
+def _belongs(process: psutil.Process, line_id: str, folder: str, part: str | None) -> bool:
     environ = process.environ()
     if environ.get(LINE_VARIABLE) == line_id:
         return part is None or environ.get(PART_VARIABLE) == part
@@ -76,7 +82,7 @@ def _belongs(process: psutil.Process, line_id: str, ray_temp_dir: str, part: str
     # processes, unless those died: then their log files tell whose they are.
     if not " ".join(process.cmdline()).startswith(("ray::", "ray-dashboard-")):
         return False
-    return any(file.path.startswith(f"{ray_temp_dir}/") for file in process.open_files())
+    return any(file.path.startswith(f"{folder}/") for file in process.open_files())
 
 
 def _is_alive(process: psutil.Process) -> bool:

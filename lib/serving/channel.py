@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import socket
 import struct
 import tempfile
 from collections import deque
@@ -28,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lib.errors import ServingError
+from lib.secrets import PRIVATE_DIR_VARIABLE, check_owner, make_private
 
 Images = npt.NDArray[np.uint8]
 Probabilities = npt.NDArray[np.float32]
@@ -35,6 +37,10 @@ Probabilities = npt.NDArray[np.float32]
 _SUFFIX = ".v1.sock"
 """Tells the format of frames: gateways and versions may run different code."""
 _COUNT = struct.Struct("<I")
+_CREDENTIALS = struct.Struct("3i")
+"""Process, user and group, as Linux tells them of the other end of a Unix socket."""
+_MAX_NAME = 48
+"""Of an application's folder: paths of sockets have at most 107 bytes."""
 _log = logging.getLogger(__name__)
 
 
@@ -42,13 +48,38 @@ class ChannelLost(Exception):
     """The replica went away before it answered; another one can be asked."""
 
 
-def channel_folder(cluster_address: str) -> Path:
+def channel_folder(cluster_address: str, private_dir: str | None = None) -> Path:
     """Return the folder of a cluster's sockets on this node; short, as paths of sockets must be.
 
-    `cluster_address` is that of Ray's control store: two clusters on one node keep apart.
+    Args:
+        cluster_address: Of Ray's control store: two clusters on one node keep apart.
+        private_dir: RAYLINE_PRIVATE_DIR of this node, a folder that only this user may enter.
+            Without one the sockets are in a folder below /tmp, which is used only if it is this
+            user's and closed to others.
     """
     digest = hashlib.sha256(cluster_address.encode()).hexdigest()[:8]
+    if private_dir:
+        return Path(private_dir) / f"ch-{digest}"
     return Path(tempfile.gettempdir()) / f"rayline-ch-{os.getuid()}-{digest}"
+
+
+def _subfolder(folder: Path, application: str) -> Path:
+    """Return the folder of an application's sockets; a long name is cut and ends in its hash."""
+    if len(application) > _MAX_NAME:
+        digest = hashlib.sha256(application.encode()).hexdigest()[:16]
+        application = f"{application[: _MAX_NAME - 17]}-{digest}"
+    return folder / application
+
+
+def _is_own_peer(transport: asyncio.BaseTransport) -> bool:
+    """Whether the process at the other end of a Unix socket is this user's, or can't be known."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return True  # Not Linux: the folder's mode alone keeps others out.
+    found = transport.get_extra_info("socket").getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
+    )
+    _, uid, _ = _CREDENTIALS.unpack(found)
+    return bool(uid == os.getuid())
 
 
 class _Frames(asyncio.Protocol):
@@ -60,6 +91,10 @@ class _Frames(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if not _is_own_peer(transport):
+            _log.error("a process of another user at a socket of this user's versions: refused")
+            cast(asyncio.Transport, transport).abort()
+            return
         # uvloop's transports are of no class of asyncio's.
         self.transport = cast(asyncio.Transport, transport)
 
@@ -118,11 +153,12 @@ async def serve_channel(
     shape: tuple[int, int, int],
 ) -> ChannelServer:
     """Answer calls to a replica from gateways on this node, as long as the result is kept."""
-    path = folder / application / f"{replica}{_SUFFIX}"
+    path = _subfolder(folder, application) / f"{replica}{_SUFFIX}"
     for needed in (folder, path.parent):
-        needed.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise ServingError(f"{folder} belongs to another user; remove it")
+        try:
+            make_private(needed)
+        except PermissionError as error:
+            raise ServingError(f"{error}; remove it, or set {PRIVATE_DIR_VARIABLE}") from error
     loop = asyncio.get_running_loop()
     # Under its own name only once it listens: a gateway must not find it before.
     hidden = path.with_suffix(".new")
@@ -180,7 +216,8 @@ class Channels:
     """All channels from one gateway to the replicas of one version on its node."""
 
     def __init__(self, folder: Path, application: str, num_classes: int) -> None:
-        self._folder = folder / application
+        self._root, self._folder = folder, _subfolder(folder, application)
+        self._is_refused = False
         self._num_classes = num_classes
         self._open: dict[str, Channel] = {}
 
@@ -191,16 +228,30 @@ class Channels:
 
     async def refresh(self) -> None:
         """Connect to the replicas that have come, forget those that have gone."""
-        try:
-            found = {name for name in os.listdir(self._folder) if name.endswith(_SUFFIX)}
-        except FileNotFoundError:
-            found = set()
+        found = self._sockets()
         for name in set(self._open) - found:
             self._close(name)
         for name in found:
             if name in self._open and self._open[name].is_open:
                 continue
             await self._connect(name)
+
+    def _sockets(self) -> set[str]:
+        """Return the names of the sockets; none if another user could have put them there."""
+        try:
+            for folder in (self._root, self._folder):
+                if check_owner(folder).st_mode & 0o077:
+                    raise PermissionError(f"{folder} is open to other users")
+            found = {name for name in os.listdir(self._folder) if name.endswith(_SUFFIX)}
+        except FileNotFoundError:
+            found = set()
+        except PermissionError as error:
+            if not self._is_refused:
+                _log.error("%s: calling versions by Serve's handles, which is slower", error)
+            self._is_refused = True
+            return set()
+        self._is_refused = False
+        return found
 
     def close(self) -> None:
         """Close all."""
@@ -222,7 +273,8 @@ class Channels:
         except OSError:
             self._open.pop(name, None)
         else:
-            self._open[name] = channel
+            if channel.transport is not None:
+                self._open[name] = channel
 
     def _close(self, name: str) -> None:
         channel = self._open.pop(name)

@@ -84,7 +84,7 @@ def running(
     finally:
         with _uninterrupted():
             take_down(line)
-            shutil.rmtree(line.ray_temp_dir, ignore_errors=True)
+            shutil.rmtree(line.private_dir, ignore_errors=True)
 
 
 @contextmanager

@@ -289,7 +289,7 @@ def _ray_system(name: str, title: str, line: Line, path: str, folder: Path) -> S
         name=name,
         title=title,
         url=f"{line.serve_url}/predict{path}",
-        processes=lambda: find(line.line_id, line.ray_temp_dir, "ray"),
+        processes=lambda: find(line.line_id, line.private_dir, "ray"),
         folder=folder,
     )
 

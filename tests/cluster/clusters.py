@@ -147,4 +147,5 @@ def _of_cluster_env() -> dict[str, str]:
     names = "RAYLINE_HTTP_HOST"
     if os.environ.get("RAYLINE_CLUSTER_HAPROXY") != "0":
         names += r"|RAY_(?:SERVE|health)_\w+"
-    return dict(re.findall(rf"^export ({names})=(\S+)$", text, flags=re.M))
+    # Not what names the folder of a node's sockets: each machine here has a /tmp of its own.
+    return dict(re.findall(rf'^export ({names})=([^\s"$]+)$', text, flags=re.M))

@@ -129,4 +129,4 @@ def line(cluster: Cluster) -> Iterator[ClusterLine]:
         )
     finally:
         # Of a line that starts nothing, all that is outside its home.
-        shutil.rmtree(state.ray_temp_dir, ignore_errors=True)
+        shutil.rmtree(state.private_dir, ignore_errors=True)

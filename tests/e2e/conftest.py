@@ -61,7 +61,7 @@ class LiveLine:
     def processes(self) -> list[psutil.Process]:
         """Return all processes of the line."""
         line = Line.from_env(self.env)
-        return find(line.line_id, line.ray_temp_dir)
+        return find(line.line_id, line.private_dir)
 
 
 def write_subset(folder: Path, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> Path:
@@ -130,7 +130,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveLine]:
             timeout=DOWN_S,
             check=False,
         )
-        left = find(state.line_id, state.ray_temp_dir)
-        shutil.rmtree(state.ray_temp_dir, ignore_errors=True)
+        left = find(state.line_id, state.private_dir)
+        shutil.rmtree(state.private_dir, ignore_errors=True)
     assert down.returncode == 0, down.stdout + down.stderr
     assert left == []

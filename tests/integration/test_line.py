@@ -72,8 +72,8 @@ def line(env: dict[str, str]) -> Iterator[Line]:
     assert started == [part.name for part in parts(made)]
     yield made
     take_down(made)
-    assert not find(made.line_id, made.ray_temp_dir)
-    subprocess.run(["rm", "-rf", made.ray_temp_dir], check=True)
+    assert not find(made.line_id, made.private_dir)
+    subprocess.run(["rm", "-rf", made.private_dir], check=True)
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ def other_ray(env: dict[str, str]) -> Iterator[OtherRay]:
 
 def haproxies(line: Line) -> list[psutil.Process]:
     return [
-        process for process in find(line.line_id, line.ray_temp_dir) if process.name() == "haproxy"
+        process for process in find(line.line_id, line.private_dir) if process.name() == "haproxy"
     ]
 
 
 def kill(line: Line, command: str) -> None:
     matches = [
         process
-        for process in find(line.line_id, line.ray_temp_dir)
+        for process in find(line.line_id, line.private_dir)
         if command in " ".join(process.cmdline())
     ]
     assert matches
@@ -196,7 +196,7 @@ def test_down_ends_all_of_it_and_nothing_else(line: Line, other_ray: OtherRay) -
     others = {process.pid for process in find(other_ray.mark, "/nowhere")}
     assert others
     take_down(line)
-    assert not find(line.line_id, line.ray_temp_dir)
+    assert not find(line.line_id, line.private_dir)
     taken = [line.ports[name] for name in FIXED_PORTS if not is_free(line.ports[name])]
     assert [(port, holder(port)) for port in taken] == []
     assert answers(other_ray.health_url)
@@ -210,7 +210,7 @@ def test_haproxy_left_behind_by_a_dead_head_does_not_keep_the_port(line: Line) -
     # As `ray stop` does: all of Ray but HAProxy.
     kept = {process.pid for process in haproxies(line)}
     assert kept
-    for process in find(line.line_id, line.ray_temp_dir, "ray"):
+    for process in find(line.line_id, line.private_dir, "ray"):
         if process.pid not in kept:
             process.kill()
     assert not is_free(line.ports["http"])
@@ -227,8 +227,8 @@ def test_a_taken_port_is_named_before_anything_starts(env: dict[str, str], tmp_p
         other = Line.from_env({**env, "RAYLINE_HOME": str(tmp_path / "home"), **own})
         with pytest.raises(LineError, match="RAYLINE_DASHBOARD_PORT"):
             bring_up(other)
-    assert not find(other.line_id, other.ray_temp_dir)
+    assert not find(other.line_id, other.private_dir)
     # Nor are ports recorded that it never had.
     assert other.recorded_ports() == {}
     assert not (other.home / "env").exists()
-    os.rmdir(other.ray_temp_dir)
+    os.rmdir(other.private_dir)

