@@ -157,7 +157,8 @@ def _latency(count: int, step: int, name: str) -> list[int]:
     if name == "digits/4":
         shares = [0.0, 0.2, 0.45, 0.2 + 0.1 * math.sin(step / 7), 0.1, 0.05]
     counts = [round(share * count) for share in shares]
-    return counts + [0] * (len(LATENCY_BUCKETS_S) - len(counts))
+    shortest = LATENCY_BUCKETS_S.index(0.001)
+    return [0] * shortest + counts + [0] * (len(LATENCY_BUCKETS_S) - len(counts) - shortest)
 
 
 def _judged(time_s: int, step: int) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ Increment = tuple[Metric, tuple[str, ...], float]
 
 
 class Record:
-    """Counts since the last report."""
+    """Counts since the last report, or of all reports together."""
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, str, str, int]] = Counter()
@@ -38,6 +38,16 @@ class Record:
         counts, total = found
         counts[bisect_left(_BOUNDS_S, seconds)] += 1
         total[0] += seconds
+
+    def merge(self, other: Record) -> None:
+        """Add what another one has counted."""
+        self.requests.update(other.requests)
+        for key, (counts, total) in other.latency.items():
+            mine, my_total = self.latency.get(key, ([0] * len(counts), [0.0]))
+            self.latency[key] = (
+                [a + b for a, b in zip(mine, counts, strict=True)],
+                [my_total[0] + total[0]],
+            )
 
     def increments(self) -> Iterator[Increment]:
         """Yield what each counter has grown by; buckets hold what is in the lower ones too."""

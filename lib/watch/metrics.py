@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 
 LATENCY_BUCKETS_S = (
-    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, math.inf,
+    0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05,
+    0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, math.inf,
 )  # fmt: skip
 """Upper bounds, as of a Prometheus histogram."""
 

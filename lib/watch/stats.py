@@ -159,7 +159,8 @@ def quantile_ms(counts: Sequence[int], share: float) -> float | None:
     last bound all that is known is the bound.
     """
     rank, below, lower_s = share * sum(counts), 0, 0.0
-    for count, upper_s in zip(counts, LATENCY_BUCKETS_S, strict=False):
+    bounds_s = LATENCY_BUCKETS_S[len(LATENCY_BUCKETS_S) - len(counts) :]
+    for count, upper_s in zip(counts, bounds_s, strict=True):
         if count and below + count >= rank:
             width_s = upper_s - lower_s if upper_s != LATENCY_BUCKETS_S[-1] else 0.0
             return round(1000 * (lower_s + width_s * (rank - below) / count), 3)
@@ -184,6 +185,9 @@ def _start(now_s: float) -> int:
 
 
 def _sum(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    """Return counts by latency of two; those of an older gateway lack the shortest bounds."""
     if not left or not right:
         return list(left or right)
-    return [a + b for a, b in zip(left, right, strict=True)]
+    length = max(len(left), len(right))
+    padded = [[0] * (length - len(counts)) + list(counts) for counts in (left, right)]
+    return [a + b for a, b in zip(*padded, strict=True)]

@@ -9,7 +9,8 @@ import pytest
 
 from lib.serving.record import Record
 from lib.storage import Storage
-from lib.watch.stats import BUCKET_S, FOLDER, KEPT_S, Stats, collect, quantile_ms
+from lib.watch.metrics import LATENCY_BUCKETS_S
+from lib.watch.stats import BUCKET_S, FOLDER, KEPT_S, Stats, _sum, collect, quantile_ms
 from tests.unit.serving_parts import card
 
 START = 1_700_000_000
@@ -117,3 +118,14 @@ def test_quantiles_lie_where_the_counts_do(
     counts: list[int], share: float, expected: float | None
 ) -> None:
     assert quantile_ms(counts, share) == (expected and pytest.approx(expected))
+
+
+def test_counts_of_a_gateway_without_the_shortest_bounds_are_read_as_meant(
+    tmp_path: Path,
+) -> None:
+    finer = [0] * len(LATENCY_BUCKETS_S)
+    finer[LATENCY_BUCKETS_S.index(0.0005)] = 3
+    coarser = [7, *[0] * (len(LATENCY_BUCKETS_S) - 4)]
+    # Up to 1 ms is the first bound of the older one.
+    assert _sum(finer, coarser)[LATENCY_BUCKETS_S.index(0.001)] == 7
+    assert quantile_ms(coarser, 1.0) == 1.0
