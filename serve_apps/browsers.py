@@ -109,8 +109,10 @@ class BrowserRules:
             return
         site = headers.get(b"sec-fetch-site")
         if site is None:
-            # Of browsers on plain HTTP, which tell the origin alone.
-            is_own = origin is None or origin.partition(b"://")[2] == headers.get(b"host")
+            # Of browsers on plain HTTP, which tell the origin alone. Only a page of this origin, or
+            # a proxy, can set X-Forwarded-Host: for others a browser asks first.
+            hosts = (headers.get(b"host"), headers.get(b"x-forwarded-host"))
+            is_own = origin is None or origin.partition(b"://")[2] in hosts
         else:
             # Following a link to a page shows it to the reader, and to no site.
             follows = method in _READS and headers.get(b"sec-fetch-mode") == b"navigate"
@@ -119,7 +121,7 @@ class BrowserRules:
             raise PayloadError(
                 403,
                 "pages of other sites are not answered: start the line with their origin in "
-                "RAYLINE_CORS_ORIGINS; a proxy must pass the Host header on",
+                "RAYLINE_CORS_ORIGINS; a proxy must pass Host on, or say it in X-Forwarded-Host",
             )
 
 

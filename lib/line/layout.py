@@ -302,6 +302,12 @@ class Line:
             # which costs a fifth of the answer; the gateway counts its requests itself.
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
             "RAY_SERVE_HAPROXY_LOG_TARGET": "127.0.0.1:514 sample 1:1000",
+            # How long a client may send nothing of its headers or body, or leave a connection idle;
+            # the default is an hour. A gateway gives a whole body 30 s (serve_apps/bodies.py).
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
+            # Longer than a gateway takes for a body and then its answer, 30 s each, so that
+            # callers get its answer; the default is for ever.
+            "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "75",
             "RAY_SERVE_HAPROXY_MAXCONN": str(_max_connections()),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{haproxy}/haproxy.cfg",

@@ -183,7 +183,11 @@ def _application(
         "args": args,
         "runtime_env": {
             "working_dir": code_uri,
-            "env_vars": {_MIDDLEWARES: f"serve_apps.fast_lane:{kind}"},
+            "env_vars": {
+                _MIDDLEWARES: f"serve_apps.fast_lane:{kind}",
+                # Which names a gateway answers to depends on it (serve_apps/browsers.py).
+                **({} if bundle else {"RAYLINE_HTTP_HOST": settings.http_host}),
+            },
         },
     }
 

@@ -54,6 +54,7 @@ LOOPBACK = {"RAYLINE_HTTP_HOST": "127.0.0.1"}
         ({"Sec-Fetch-Site": "same-site", "Origin": "http://127.0.0.1:3000"}, False),
         ({"Origin": OTHER}, False),
         ({"Origin": "null"}, False),
+        ({"Origin": "http://line.example.com", "X-Forwarded-Host": "line.example.com"}, True),
     ],
 )
 def test_pages_of_other_sites_are_refused(

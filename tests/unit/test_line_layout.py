@@ -200,6 +200,8 @@ def test_two_homes_share_no_port_folder_or_mark(tmp_path: Path) -> None:
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S",
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S",
         "RAY_SERVE_HAPROXY_NBTHREAD",
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S",
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S",
         "RAY_SERVE_HAPROXY_MAXCONN",
     }
 
