@@ -7,7 +7,6 @@ more than the whole answer does. Starlette routes everything else.
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -33,8 +32,9 @@ from lib.serving.keys import ANYONE, INTERNAL
 from lib.serving.payload import PayloadError, decoded
 from lib.serving.record import Record
 from lib.serving.router import RETRY_AFTER_S
+from lib.serving.tracing import HEADER, Trace, Tracing
 from lib.watch.recorder import Recorder
-from serve_apps import openapi, pages
+from serve_apps import logs, openapi, pages
 from serve_apps.bodies import Bodies, ClientGone
 from serve_apps.browsers import BrowserRules
 
@@ -50,8 +50,6 @@ CLIENT_GONE = 499
 _REQUEST_ID = "rayline.request_id"
 _IS_COUNTED = "rayline.is_counted"
 _MIN_GZIP_BYTES = 1024
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -71,6 +69,7 @@ class Call:
     """What it is asked about, once that is known to be right."""
     probabilities: npt.NDArray[np.float32] | None = None
     """What it answered."""
+    trace: Trace | None = None
 
     def header(self, name: bytes) -> str | None:
         """Return a header's value, None if it is absent or empty."""
@@ -85,6 +84,7 @@ class Asked(Protocol):
     card: Card | None
     images: npt.NDArray[np.uint8] | None
     probabilities: npt.NDArray[np.float32] | None
+    trace: Trace | None
 
 
 @dataclass(slots=True)
@@ -108,6 +108,8 @@ class Route:
     handler: Handler
     summary: str
     response: type[BaseModel] | None = None
+    content_type: str = "application/json"
+    """Of the answer."""
     request: Mapping[str, Any] | None = None
     """Content type → schema of the body."""
     errors: tuple[int, ...] = ()
@@ -154,6 +156,8 @@ class App:
         recorder: Recorder | None = None,
         browsers: BrowserRules | None = None,
         bodies: Bodies | None = None,
+        access_share: float = 0.0,
+        tracing: Tracing | None = None,
     ) -> None:
         document = openapi.document(routes, title=title, description=description)
         self._document = orjson.dumps(document)
@@ -196,6 +200,8 @@ class App:
         """Requests whose body is complete and whose answer is not."""
         self.record = Record()
         self.recorder = recorder
+        self.access_share = access_share
+        self.tracing = tracing or Tracing()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -228,6 +234,9 @@ class App:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start" and _IS_COUNTED not in scope:
                 self.record.add(UNKNOWN, message["status"], None, 0.0)
+                if self.access_share:
+                    what = (request_id, scope["method"], path, message["status"])
+                    self.log_access(None, *what, UNKNOWN, 0.0)
                 if FAST_LANE in scope:
                     name = (b"x-request-id", request_id.encode())
                     message["headers"] = [*message["headers"], name]
@@ -248,6 +257,8 @@ class App:
             message = f"{path} takes {', '.join(sorted(allowed))}, not {request.method}"
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers=headers)
+        if status >= 500:
+            logs.failed(request_id, status, error)
         content = orjson.dumps({"error": message, "request_id": request_id})
         return Response(content, status, headers, media_type="application/json")
 
@@ -259,7 +270,9 @@ class App:
         given_id = headers.get(b"x-request-id")
         request_id = request_id_of(given_id.decode("latin-1")) if given_id else new_request_id()
         start_s, held_bytes = time.perf_counter(), 0
-        caller, call = UNKNOWN, None
+        caller, call, trace = UNKNOWN, None, None
+        if self.tracing.is_on or HEADER in headers:
+            trace = self.tracing.begin(headers, f"{route.method} {route.path}")
         try:
             if route.scope is not None:
                 self._browsers.check(scope["method"], headers)
@@ -273,6 +286,8 @@ class App:
                 body, held_bytes = await self._bodies.read(headers, receive)
                 # The upload is the client's time.
                 start_s = time.perf_counter()
+                if trace:
+                    trace.mark("receive")
             self.in_flight += 1
             try:
                 if route.scope is not None:
@@ -282,26 +297,39 @@ class App:
                     body = await asyncio.to_thread(decoded, body, encoding)
                     self._bodies.hold(len(body))
                     held_bytes += len(body)
-                call = Call(params, headers, body, request_id, caller)
+                call = Call(params, headers, body, request_id, caller, trace=trace)
                 reply = await route.handler(call)
             finally:
                 self.in_flight -= 1
         except PayloadError as error:
             request_id = call.request_id if call else request_id
             reply = _error_reply(error, headers, request_id)
+            if error.status >= 500:
+                logs.failed(request_id, error.status, error)
         except ClientGone:
             self.count(None, caller, CLIENT_GONE, 0.0)
+            if trace:
+                self.end_trace(trace, None, request_id, CLIENT_GONE)
             return
-        except Exception:
+        except Exception as error:
             request_id = call.request_id if call else request_id
-            _log.exception("request %s failed", request_id)
+            logs.failed(request_id, 500, error)
             message = "the server failed on this request; its log has the cause under request_id"
             reply = json_reply({"error": message, "request_id": request_id}, 500)
         finally:
             self._bodies.release(held_bytes)
-        self.count(call, caller, reply.status, time.perf_counter() - start_s)
+        seconds = time.perf_counter() - start_s
+        self.count(call, caller, reply.status, seconds)
         scope[_IS_COUNTED] = True
+        if self.access_share:
+            what = (scope["method"], scope["path"])
+            self.log_access(
+                call, call.request_id if call else request_id, *what, reply.status, caller, seconds
+            )
         reply.headers.append((b"content-length", b"%d" % len(reply.body)))
+        if trace:
+            reply.headers.append((HEADER, trace.header))
+            self.end_trace(trace, call, call.request_id if call else request_id, reply.status)
         if FAST_LANE in scope:
             # Elsewhere Serve adds it.
             request_id = call.request_id if call else request_id
@@ -343,6 +371,43 @@ class App:
             caller=caller,
             latency_s=seconds,
             status=status,
+            trace_id=asked.trace.trace_id if asked.trace else None,
+        )
+
+    def end_trace(self, trace: Trace, asked: Asked | None, request_id: str, status: int) -> None:
+        """Send the spans of a request that is answered, if there are any."""
+        card = asked.card if asked else None
+        self.tracing.finish(
+            trace,
+            status,
+            request_id=request_id,
+            model=card.name if card else None,
+            version=card.version if card else None,
+        )
+
+    def log_access(
+        self,
+        asked: Asked | None,
+        request_id: str,
+        method: str,
+        path: str,
+        status: int,
+        caller: str,
+        seconds: float,
+    ) -> None:
+        """Log a request, or not, by its share; callers look first whether `access_share` is 0."""
+        card = asked.card if asked else None
+        logs.access(
+            self.access_share,
+            request_id=request_id,
+            method=method,
+            path=path,
+            status=status,
+            caller=caller,
+            ms=round(seconds * 1000, 3),
+            model=card.name if card else None,
+            version=card.version if card else None,
+            trace_id=asked.trace.trace_id if asked and asked.trace else None,
         )
 
     async def _openapi(self, call: Call) -> Reply:

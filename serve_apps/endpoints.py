@@ -57,13 +57,13 @@ class Endpoints:
         parse = payload.parse_predict
         if len(body) <= LARGE_BODY_BYTES:
             images = call.images = parse(body, content_type, version.card)
-            probabilities_NK = await self._router.answer(version, images)
+            probabilities_NK = await self._router.answer(version, images, call.trace)
         else:
             # A large picture takes long to decode: other requests must not wait for it.
             with version.batcher.held():
                 images = await asyncio.to_thread(parse, body, content_type, version.card)
                 call.images = images
-                probabilities_NK = await self._router.answer(version, images)
+                probabilities_NK = await self._router.answer(version, images, call.trace)
         call.probabilities = probabilities_NK
         self._router.copy_to_shadows(
             table, version, images, probabilities_NK, call.request_id, call.caller
@@ -92,7 +92,7 @@ class Endpoints:
         request = oip.parse_infer(call.body, length, version.card)
         call.request_id = request.id or call.request_id
         images_NHWC = call.images = request.images_NHWC
-        probabilities_NK = await self._router.answer(version, images_NHWC)
+        probabilities_NK = await self._router.answer(version, images_NHWC, call.trace)
         call.probabilities = probabilities_NK
         self._router.copy_to_shadows(
             table, version, images_NHWC, probabilities_NK, call.request_id, call.caller

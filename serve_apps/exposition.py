@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from lib.serving.record import Increment, Record
 from lib.watch import metrics
 from lib.watch.metrics import LATENCY_BUCKETS_S, le
+from serve_apps.asgi import Call, Reply, Route
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 LATENCY = "rayline_request_latency_seconds"
@@ -88,6 +89,23 @@ class Exposition(Collector):
         )
         in_flight.add_metric([self._gateway], self._in_flight())
         yield in_flight
+
+
+def route(exposition: Exposition) -> Route:
+    """Return the route of `GET /metrics`."""
+
+    async def answer(call: Call) -> Reply:
+        return Reply(exposition.render(), headers=[(b"content-type", CONTENT_TYPE.encode())])
+
+    return Route(
+        method="GET",
+        path="/metrics",
+        handler=answer,
+        summary="Counts of this gateway, for Prometheus.",
+        scope="view",
+        errors=(503,),
+        content_type="text/plain",
+    )
 
 
 def _counter(metric: metrics.Metric) -> CounterMetricFamily:

@@ -25,15 +25,17 @@ from lib.serving.policy import acknowledge
 from lib.serving.predictor import load_predictor
 from lib.serving.record import Record
 from lib.serving.router import Images, Probabilities, Router, unless_gone, with_retries
+from lib.serving.tracing import Tracing
 from lib.serving.traffic import COLOCATED
 from lib.storage import Storage
 from lib.watch.predictions import Retention
 from lib.watch.recorder import Recorder
 from lib.watch.stats import Stats
-from serve_apps import fast_lane
+from serve_apps import exposition, fast_lane, logs
 from serve_apps.asgi import App
 from serve_apps.browsers import BrowserRules
 from serve_apps.endpoints import Endpoints, routes
+from serve_apps.exposition import Exposition
 from serve_apps.grpc_lane import GrpcLane
 from serve_apps.reporter import Reporter
 from serve_apps.scaling import BUSY, CALLS, BusyMeter
@@ -56,6 +58,7 @@ class Gateway(GrpcLane):
     """Serve's side of the gateway: handles to the versions, and the policy's followers."""
 
     def __init__(self, storage: str) -> None:
+        logs.start_for_replica()
         self._storage = Storage(storage)
         self._recorder = Recorder(self._storage, image_percent=log_images_percent(os.environ))
         self._retention = Retention(self._storage, log_days(os.environ))
@@ -76,13 +79,19 @@ class Gateway(GrpcLane):
         """Return the ASGI application; Serve calls this once, inside its event loop."""
         loop = asyncio.get_running_loop()
         self._meter = BusyMeter()
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._exposition = Exposition(
+            replica, lambda: self._app.record, lambda: self._app.in_flight
+        )
         self._app = App(
-            routes(Endpoints(self._router, self._storage)),
+            [*routes(Endpoints(self._router, self._storage)), exposition.route(self._exposition)],
             title="Rayline",
             description="Image classification, several model versions behind one address.",
             authenticate=lambda headers: authenticate(self._keys, headers),
             recorder=self._recorder,
             browsers=BrowserRules.from_env(os.environ),
+            access_share=logs.access_share(os.environ),
+            tracing=Tracing.from_env(os.environ, replica),
         )
         self._tasks = [
             loop.create_task(self._follow_policy()),
@@ -170,9 +179,9 @@ class Gateway(GrpcLane):
             for (model, version, caller, status), count in sorted(record.requests.items()):
                 what = f"{model} version {version}" if model else "no version"
                 _log.info("%d requests of %s to %s: %d", count, caller, what, status)
-            reporter.report(record.increments())
-            reporter.report(self._router.shadows.increments())
-            reporter.report(self._recorder.increments())
+            others = [*self._router.shadows.increments(), *self._recorder.increments()]
+            reporter.report([*record.increments(), *others])
+            self._exposition.add(record, others)
             try:
                 stats.add(record)
                 await asyncio.to_thread(stats.flush)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -19,6 +18,8 @@ from lib.serving.feedback import PROBE_ID, REQUEST_ID, new_request_id
 from lib.serving.keys import ANYONE, INTERNAL
 from lib.serving.payload import PayloadError
 from lib.serving.router import Router, Version
+from lib.serving.tracing import HEADER, Trace
+from serve_apps import logs
 from serve_apps.asgi import UNKNOWN, App, request_id_of
 
 _CODES = {
@@ -30,7 +31,6 @@ _CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
 }
 """HTTP status of a PayloadError → the code that it has in gRPC."""
-_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -45,6 +45,7 @@ class _Call:
     card: Card | None = None
     images: npt.NDArray[np.uint8] | None = None
     probabilities: npt.NDArray[np.float32] | None = None
+    trace: Trace | None = None
 
 
 class GrpcLane:
@@ -99,7 +100,7 @@ class GrpcLane:
         call.card = version.card
         call.trailing.append(("x-model-version", str(version.card.version)))
         images_NHWC = call.images = oip_grpc.parse_infer(message, version.card)
-        probabilities_NK = await self._router.answer(version, images_NHWC)
+        probabilities_NK = await self._router.answer(version, images_NHWC, call.trace)
         call.probabilities = probabilities_NK
         self._router.copy_to_shadows(
             table, version, images_NHWC, probabilities_NK, call.request_id, call.caller
@@ -125,6 +126,8 @@ class GrpcLane:
         request_id = getattr(message, "id", "") or request_id_of(metadata.get("x-request-id"))
         call = _Call(message, metadata, request_id, [("x-request-id", request_id)])
         headers = {name.encode(): value.encode() for name, value in metadata.items()}
+        if self._app.tracing.is_on or HEADER in headers:
+            call.trace = self._app.tracing.begin(headers, f"gRPC {type(message).__name__}")
         status = 200
         start_s = time.perf_counter()
         self._app.in_flight += 1
@@ -142,14 +145,23 @@ class GrpcLane:
             # Not raised: Serve would write a traceback for every malformed request.
             context.set_code(_CODES[status])
             context.set_details(error.message)
-        except Exception:
-            _log.exception("request %s failed", request_id)
+            if status >= 500:
+                logs.failed(call.request_id, status, error)
+        except Exception as error:
+            logs.failed(call.request_id, 500, error)
             status, answered = 500, empty()
             context.set_code(grpc.StatusCode.INTERNAL)
             context.set_details("the server failed on this request; its log has the cause")
         finally:
             self._app.in_flight -= 1
-        self._app.count(call, call.caller, status, time.perf_counter() - start_s)
+        seconds = time.perf_counter() - start_s
+        self._app.count(call, call.caller, status, seconds)
+        if self._app.access_share:
+            what = (call.request_id, "gRPC", type(message).__name__, status, call.caller)
+            self._app.log_access(call, *what, seconds)
+        if call.trace:
+            call.trailing.append((HEADER.decode(), call.trace.header.decode()))
+            self._app.end_trace(call.trace, call, call.request_id, status)
         context.set_trailing_metadata(call.trailing)
         return answered
 

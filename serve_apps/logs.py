@@ -22,6 +22,9 @@ from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
+from lib.errors import ConfigError
+from lib.serving.payload import PayloadError
+
 ACCESS_LOG_VARIABLE = "RAYLINE_ACCESS_LOG"
 MAX_FILE_BYTES = 8 * 2**20
 """A larger file is put aside as `….jsonl.1`; one of these is kept for each process."""
@@ -30,7 +33,7 @@ MAX_FILES = 64
 MAX_QUEUED = 10_000
 """Records that wait for a slow disk; what comes in beyond is dropped and counted."""
 TRACEBACKS_PER_S = 5
-_LOGGERS = ("lib", "serve_apps")
+_LOGGERS = ("lib", "serve_apps", "opentelemetry")
 _FIELDS = "fields"
 """Attribute of a record: what its line holds beside the message."""
 
@@ -56,31 +59,39 @@ def start_for_replica() -> ProcessLog:
     return ProcessLog(session_folder(), name).start()
 
 
-def failed(request_id: str, status: int, error: BaseException | str) -> None:
+def failed(request_id: str, status: int, error: BaseException) -> None:
     """Log why a request was answered with 5xx, under its id.
+
+    A refusal (PayloadError) is a line with its text and cause. Any other error is a defect, and has
+    its traceback too, unless there were too many of them within this second.
 
     Args:
         request_id: What the caller got as `request_id` or `X-Request-Id`.
         status: HTTP status of the answer.
-        error: An exception is logged with its traceback, unless too many were within this second.
+        error: What was raised.
     """
-    fields = {"request_id": request_id, "status": status}
-    if isinstance(error, BaseException):
+    fields: dict[str, Any] = {"request_id": request_id, "status": status}
+    if not isinstance(error, PayloadError):
         _log.error("request failed", exc_info=error, extra={_FIELDS: fields})
-    else:
-        _log.warning("request refused: %s", error, extra={_FIELDS: fields})
+        return
+    if cause := error.__cause__:
+        fields["error"] = f"{type(cause).__name__}: {cause}"
+    _log.warning("request refused: %s", error.message, extra={_FIELDS: fields})
 
 
 def access_share(env: Mapping[str, str]) -> float:
     """Return the share of requests that RAYLINE_ACCESS_LOG has logged, 0 by default, to 1.
 
     Raises:
-        ValueError: It is not a number from 0 to 1.
+        ConfigError: It is not a number from 0 to 1.
     """
     value = env.get(ACCESS_LOG_VARIABLE) or "0"
-    share = float(value)
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
     if not 0 <= share <= 1:
-        raise ValueError(f"{ACCESS_LOG_VARIABLE}={value} is a share of requests, from 0 to 1")
+        raise ConfigError(f"{ACCESS_LOG_VARIABLE}={value} is not a share of requests, from 0 to 1")
     return share
 
 
@@ -112,11 +123,13 @@ class ProcessLog:
         file = RotatingFileHandler(self.path, maxBytes=max_bytes, backupCount=1, delay=True)
         file.setFormatter(_JsonFormatter())
         self._handler = _Handler(clock)
+        self._is_open = False
         self._listener = _Writer(self._handler.queue, file)
 
     def start(self) -> ProcessLog:
         """Write what the project's loggers say from now on, from INFO."""
         self._listener.start()
+        self._is_open = True
         for name in _LOGGERS:
             logger = logging.getLogger(name)
             logger.addHandler(self._handler)
@@ -124,7 +137,10 @@ class ProcessLog:
         return self
 
     def close(self) -> None:
-        """Write what waits, and end."""
+        """Write what waits, and end; a second time does nothing."""
+        if not self._is_open:
+            return
+        self._is_open = False
         for name in _LOGGERS:
             logging.getLogger(name).removeHandler(self._handler)
         self._listener.stop()
@@ -164,7 +180,7 @@ class _Handler(QueueHandler):
                 "msg": record.getMessage(),
             }
         )
-        if "error" not in fields or "traceback" in fields:
+        if not record.exc_info or "traceback" in fields:
             self._tell(fields)
         setattr(copy, _FIELDS, fields)
         return copy

@@ -44,6 +44,7 @@ class Described(Protocol):
     path: str
     summary: str
     response: type[BaseModel] | None
+    content_type: str
     request: Mapping[str, Any] | None
     errors: tuple[int, ...]
     tag: str
@@ -70,8 +71,9 @@ def document(routes: Sequence[Any], *, title: str, description: str) -> dict[str
 
 
 def _operation(route: Described) -> dict[str, Any]:
-    content = {"schema": _reference(route.response) if route.response else {"type": "object"}}
-    answers = {"application/json": content}
+    is_json = route.content_type == "application/json"
+    schema = _reference(route.response) if route.response else {"type": "object"}
+    answers = {route.content_type: {"schema": schema if is_json else {"type": "string"}}}
     if "Inference-Header-Content-Length" in route.headers:
         answers["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
     errors = sorted({*route.errors, *((401, 403) if route.scope else ())})

@@ -17,6 +17,7 @@ from lib.serving.channel import channel_folder, serve_channel
 from lib.serving.plan import version_application
 from lib.serving.predictor import load_predictor
 from lib.storage import Storage
+from serve_apps import logs
 from serve_apps.scaling import BUSY, CALLS, BusyMeter
 
 
@@ -24,6 +25,7 @@ class Version:
     """A replica of a version: loads the bundle, answers batches."""
 
     async def __init__(self, storage: str, bundle: str) -> None:  # type: ignore[misc]
+        logs.start_for_replica()
         opened = Storage(storage)
         card = read_card(opened, bundle)
         self._predictor = load_predictor(opened, bundle, card, device=granted_device())

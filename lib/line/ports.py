@@ -62,6 +62,8 @@ _PLACES = {
     "GRAFANA_URL": "a Grafana with Rayline's dashboards, which Ray's dashboard then embeds",
     "RAYLINE_HTTP_HOST": "address that inference binds (127.0.0.1; of a given cluster: its own)",
     "RAYLINE_LOG_IMAGES": "percent of requests with image in the log; at the head's start (100)",
+    "RAYLINE_ACCESS_LOG": "share of requests in the access log, to 1; at the head's start (0)",
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "collector for gateways' spans; at the head's start (none)",
     "RAYLINE_LOG_DAYS": "days that the log of predictions is kept; at the head's start (30)",
     "RAYLINE_CORS_ORIGINS": "web pages that may call the gateways; at the head's start (none)",
     "RAYLINE_ALLOWED_HOSTS": "names of this line in URLs; at the head's start (this machine's)",

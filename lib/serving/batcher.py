@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
+from lib.serving.tracing import Trace
+
 Images = npt.NDArray[np.uint8]
 Probabilities = npt.NDArray[np.float32]
 Predict = Callable[[Images], Awaitable[Probabilities]]
@@ -41,6 +43,7 @@ class Batcher:
         self._calls = 0
         self._queue: deque[tuple[Images, asyncio.Future[Probabilities]]] = deque()
         self._queued_images = 0
+        self._traces: dict[asyncio.Future[Probabilities], Trace] = {}
         self._is_starting = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._holds: set[asyncio.Future[None]] = set()
@@ -61,8 +64,10 @@ class Batcher:
             self._holds.discard(hold)
             hold.set_result(None)
 
-    async def submit(self, images_NHWC: Images) -> Probabilities:
+    async def submit(self, images_NHWC: Images, trace: Trace | None = None) -> Probabilities:
         """Return the probabilities of these images, which stay together in one batch.
+
+        A trace gets its mark `queue` when they leave the queue.
 
         Raises QueueFull at the bound, and whatever the call raised to all of its batch.
         """
@@ -71,6 +76,8 @@ class Batcher:
         future: asyncio.Future[Probabilities] = asyncio.get_running_loop().create_future()
         self._queue.append((images_NHWC, future))
         self._queued_images += len(images_NHWC)
+        if trace:
+            self._traces[future] = trace
         self._start()
         return await future
 
@@ -97,6 +104,8 @@ class Batcher:
                 break
             self._queue.popleft()
             self._queued_images -= len(images)
+            if self._traces and (trace := self._traces.pop(future, None)):
+                trace.mark("queue")
             if not future.cancelled():
                 batch.append((images, future))
                 size += len(images)

@@ -16,6 +16,7 @@ from lib.serving.bundle import Card, read_card
 from lib.serving.feedback import PROBE_ID
 from lib.serving.payload import PayloadError
 from lib.serving.shadow import Shadows
+from lib.serving.tracing import Trace
 from lib.serving.traffic import COLOCATED, ModelTraffic, Policy, choose, is_shadowed
 from lib.storage import Storage
 from lib.watch.recorder import Recorder
@@ -165,14 +166,18 @@ class Router:
         for batcher in retired:
             await batcher.wait_idle()
 
-    async def answer(self, version: Version, images_NHWC: Images) -> Probabilities:
+    async def answer(
+        self, version: Version, images_NHWC: Images, trace: Trace | None = None
+    ) -> Probabilities:
         """Return probabilities; raise PayloadError 503 if the version is overloaded or away."""
+        if trace:
+            trace.mark("decode")
         try:
             if version.placement == COLOCATED:
                 # Here is nothing that could be waited for in vain, so no timer is paid for.
-                return await version.batcher.submit(images_NHWC)
+                return await version.batcher.submit(images_NHWC, trace)
             async with asyncio.timeout(self._deadline_s):
-                return await version.batcher.submit(images_NHWC)
+                return await version.batcher.submit(images_NHWC, trace)
         except QueueFull:
             raise PayloadError(
                 503, f"version {version.card.version} is overloaded; try again"
@@ -183,6 +188,9 @@ class Router:
                 f"version {version.card.version} gave no answer in time; "
                 "try again, and look at `serve status`",
             ) from None
+        finally:
+            if trace:
+                trace.mark("predict")
 
     def copy_to_shadows(
         self,

@@ -32,6 +32,7 @@ class Answers:
     times_s: list[float] = field(default_factory=list)
     request_ids: list[str] = field(default_factory=list)
     callers: list[str] = field(default_factory=list)
+    trace_ids: list[str | None] = field(default_factory=list)
     latencies_s: list[float] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
     num_images: list[int] = field(default_factory=list)
@@ -75,6 +76,7 @@ def to_table(answers: Answers, shares: Shares) -> pa.Table:
         "image": image,
         "features": coarse,
         "run_id": pa.repeat(answers.card.run_id, len(request)),
+        "trace_id": pa.array(answers.trace_ids, pa.string()).take(request),
     }
     return pa.table(columns, schema=SCHEMA)
 

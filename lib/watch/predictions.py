@@ -47,6 +47,7 @@ SCHEMA = pa.schema(
         ("image", pa.binary()),
         ("features", pa.list_(pa.float32())),
         ("run_id", pa.string()),
+        ("trace_id", pa.string()),
     ]
 )
 """A row for each image and each version that was asked about it.
@@ -63,6 +64,8 @@ features: `lib.watch.features.features`; of a share under load, never of a shado
     row of the answer has.
 run_id: MLflow run of the version, which its number alone does not tell if a registered model was
     deleted and made again; null in files of older gateways.
+trace_id: Of the W3C trace context, 32 hexadecimal digits; null where the caller sent none and the
+    gateway sends no spans, of a shadow, and in files of older gateways.
 """
 _ROOT = "predictions"
 _SETTLE_S = 600.0

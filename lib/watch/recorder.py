@@ -86,6 +86,7 @@ class Recorder:
         latency_s: float,
         status: int = 200,
         is_shadow: bool = False,
+        trace_id: str | None = None,
     ) -> None:
         """Take an answer; `probabilities_NK` is None if the version failed. Never blocks or raises.
 
@@ -112,6 +113,7 @@ class Recorder:
         answers.times_s.append(self._clock())
         answers.request_ids.append(request_id)
         answers.callers.append(caller)
+        answers.trace_ids.append(trace_id)
         answers.latencies_s.append(latency_s)
         answers.statuses.append(status)
         answers.num_images.append(num_rows)

@@ -18,8 +18,10 @@ from lib.serving.keys import authenticate, read_keys
 from lib.serving.router import Images, Probabilities, Router
 from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
+from serve_apps import exposition
 from serve_apps.asgi import App
 from serve_apps.endpoints import Endpoints, routes
+from serve_apps.exposition import Exposition
 
 
 def card(version: int = 1, *, channels: int = 1, name: str = "shapes") -> Card:
@@ -58,6 +60,13 @@ async def make_predict(card: Card, bundle: str, placement: str) -> Predict:
     return predict
 
 
+async def broken(card: Card, bundle: str, placement: str) -> Predict:
+    async def predict(images_NHWC: Images) -> Probabilities:
+        raise RuntimeError("the weights are on fire")
+
+    return predict
+
+
 def publish(storage: Storage, weights: dict[int, float]) -> None:
     bundles = {
         version: write_bundle(storage, card(version), b"onnx", b"pt2") for version in weights
@@ -74,16 +83,19 @@ async def gateway(storage: Storage, **options: Any) -> App:
     return app_over(router, storage)
 
 
-def app_over(router: Router, storage: Storage) -> App:
+def app_over(router: Router, storage: Storage, **options: Any) -> App:
     """An application that asks for keys as soon as there are some when it is made."""
     keys = read_keys(storage)
-    return App(
-        routes(Endpoints(router, storage, others_flush_s=0)),
+    seen = Exposition("replica", lambda: app.record, lambda: app.in_flight)
+    app = App(
+        [*routes(Endpoints(router, storage, others_flush_s=0)), exposition.route(seen)],
         title="Rayline",
         description="test",
         authenticate=lambda headers: authenticate(keys, headers),
         recorder=router.recorder,
+        **options,
     )
+    return app
 
 
 class Response:

@@ -76,6 +76,31 @@ def as_numbers(request: Any, values: list[int]) -> Any:
     return request
 
 
+def test_a_callers_trace_is_returned_and_logged_and_a_failure_has_its_cause(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+    async def scenario(lane: Lane) -> None:
+        given = f"00-{trace_id}-00f067aa0ba902b7-01"
+        context = Context(traceparent=given)
+        await lane.ModelInfer(infer_request(id="mine"), context)
+        assert context.trailing["traceparent"] == given
+        await lane._router.recorder.flush()
+        version = lane._router.table.versions["shapes", 1]
+        version.batcher._predict = lane._router.table.versions["shapes", 2].batcher._predict = None
+        await lane.ModelInfer(infer_request(id="broken"), context)
+        assert context.code == grpc.StatusCode.INTERNAL
+
+    run(tmp_path, scenario)
+    window = {"start_us": 0, "end_us": MAX_US}
+    rows = read(Storage(str(tmp_path)), "shapes", **window, columns=["trace_id"])
+    assert set(rows["trace_id"].to_pylist()) == {trace_id}
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.fields["request_id"] == "broken"  # type: ignore[attr-defined]
+    assert record.exc_info
+
+
 def test_an_unusable_request_id_in_the_metadata_is_replaced(tmp_path: Path) -> None:
     async def scenario(lane: Lane) -> None:
         context = Context(x_request_id="a#1", x_model_version="")

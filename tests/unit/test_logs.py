@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from lib.errors import ConfigError
 from lib.serving.client import wait_until
+from lib.serving.payload import PayloadError
 from serve_apps import logs
 from serve_apps.logs import ProcessLog
 
@@ -51,7 +53,10 @@ def fail(request_id: str) -> None:
 def test_a_failure_is_found_by_its_request_id_while_the_process_runs(tmp_path: Path) -> None:
     with running(tmp_path) as log:
         fail("id-1")
-        logs.failed("id-2", 503, "too much is in flight")
+        try:
+            raise PayloadError(503, "not stored") from OSError("disk full")
+        except PayloadError as error:
+            logs.failed("id-2", 503, error)
         # Nothing is flushed or closed here: a process that is killed has it on disk already.
         wait_until(lambda: len(lines(log.path)) == 2, deadline_s=10, what="the log")
         failure, refusal = lines(log.path)
@@ -61,7 +66,9 @@ def test_a_failure_is_found_by_its_request_id_while_the_process_runs(tmp_path: P
     assert 'raise ValueError("the' in failure["traceback"]
     assert failure["time"].endswith("+00:00")
     assert (refusal["request_id"], refusal["status"]) == ("id-2", 503)
-    assert refusal["message"] == "request refused: too much is in flight"
+    assert refusal["message"] == "request refused: not stored"
+    assert refusal["error"] == "OSError: disk full"
+    assert "traceback" not in refusal
 
 
 def test_counts_at_info_are_in_it_and_nobody_else_reads_it(tmp_path: Path) -> None:
@@ -137,7 +144,7 @@ def test_the_access_log_has_its_share_of_requests(tmp_path: Path) -> None:
     assert logs.access_share({}) == 0
     assert logs.access_share({"RAYLINE_ACCESS_LOG": "0.01"}) == 0.01
     for wrong in ("1.5", "-1", "some"):
-        with pytest.raises(ValueError, match="RAYLINE_ACCESS_LOG|could not convert"):
+        with pytest.raises(ConfigError, match="RAYLINE_ACCESS_LOG"):
             logs.access_share({"RAYLINE_ACCESS_LOG": wrong})
     with running(tmp_path) as log:
         for number in range(2000):

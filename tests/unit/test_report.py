@@ -72,7 +72,6 @@ def test_the_page_says_what_is_known(html: str) -> None:
         "the candidate is better than the champion",
         "version 3",
         "48,213, 3 failed",
-        "groups, of column scanner",
     ):
         assert words in text
     assert html.count("<svg") == len(PICTURES) + 2
