@@ -129,7 +129,7 @@ def manifest(digest: str, parent: str | None, num_live: int) -> dict[str, Any]:
     return {
         "digest": digest, "parent": parent, "source": "mnist+live" if parent else "mnist",
         "height": 28, "width": 28, "channels": 1, "class_names": NAMES, "counts": counts,
-        "num_shards": 12,
+        "num_shards": 12, "group": "scanner",
     }  # fmt: skip
 
 

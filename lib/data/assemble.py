@@ -211,6 +211,7 @@ def build_manifest(
         ),
         shards=tuple(shard for result in results for shard in result.shards),
         seed=config.seed,
+        group=config.group,
         format_version=FORMAT_VERSION,
         ignored=source.ignored,
     )

@@ -61,6 +61,7 @@ def describe(storage: Storage, manifest: Manifest) -> dict[str, Any]:
         "counts": {split: list(counts) for split, counts in manifest.counts.items()},
         "pixel_mean": list(manifest.pixel_mean),
         "pixel_std": list(manifest.pixel_std),
+        "group": manifest.group,
         "source_digests": dict(manifest.source_digests),
         "ignored": [asdict(ignored) for ignored in manifest.ignored],
         "ancestors": ancestors(manifest, [other.manifest for other in entries]),

@@ -91,6 +91,8 @@ class Manifest:
     shards: tuple[Shard, ...]
     seed: int
     """Seed of the validation split (and of test, where the source has none)."""
+    group: str | None = None
+    """Column of the source whose values were each kept in one split."""
     format_version: int = FORMAT_VERSION
     parent: str | None = None
     """Digest of the data set that this one extends."""

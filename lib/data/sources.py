@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -191,7 +191,9 @@ def find_source(spec: str, *, cache_dir: Path | None = None) -> Source:
         )
     if spec == "mnist":
         root = Storage(str(BUNDLED_MNIST))
-        return IdxSource.find(root, list_source(root), name="mnist", requires_sums=True)
+        found = IdxSource.find(root, list_source(root), name="mnist", requires_sums=True)
+        # Beside the files lies their README, not something that a user expects to be read.
+        return replace(found, ignored=())
     try:
         place = spec if "://" in spec else os.path.abspath(spec)
         root = Storage(place)

@@ -102,6 +102,7 @@ def show_set(storage: Storage, manifest: Manifest, pictures: Path | None) -> dic
             "digest": manifest.digest,
             "made": content["created"],
             "of": manifest.source,
+            "split by": f"groups, of column {manifest.group}" if manifest.group else "rows",
             "shape": "×".join(str(side) for side in manifest.shape) + depth,
             "pixels": ", ".join(
                 f"{mean:.4f} ± {std:.4f}"

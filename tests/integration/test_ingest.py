@@ -377,6 +377,9 @@ def test_rows_of_a_group_are_in_one_split(tmp_path: Path, storage: Storage) -> N
     config = IngestConfig(group="patient", val_fraction=0.2, test_fraction=0.1)
     manifest = ingest_source(storage, str(folder), config).manifest
     assert manifest.counts == {"train": (280, 280), "val": (80, 80), "test": (40, 40)}
+    assert load_manifest(storage, manifest.digest).group == "patient"
+    again = ingest_source(storage, str(folder), config)
+    assert (again.reused, again.manifest) == (True, manifest)
     source = pq.read_table(folder / "train.parquet")
     patient_of = dict(zip(source["image"].to_pylist(), source["patient"].to_pylist(), strict=True))
     splits = read_splits(storage, manifest, SPLITS)

@@ -20,6 +20,7 @@ def write_set(
     class_names: tuple[str, ...],
     *,
     parent: str | None = None,
+    group: str | None = None,
 ) -> Manifest:
     """Publish a data set of two shards a split."""
     shards = []
@@ -58,6 +59,7 @@ def write_set(
         preprocess=Preprocess(mode="L" if shape[2] == 1 else "RGB", fill=(0,) * shape[2]),
         shards=tuple(shards),
         seed=0,
+        group=group,
         parent=parent,
     )
     storage.write_json(manifest_path(made.digest), made.to_json())

@@ -42,9 +42,11 @@ def names(images: Any) -> set[bytes]:
 
 
 def test_a_child_has_the_parents_rows_and_the_live_ones(storage: Storage, parent: Manifest) -> None:
+    parent = replace(parent, group="patient")
     made = extend(storage, parent, live(200), CONFIG)
     child = load_manifest(storage, made.manifest.digest)
     assert child.parent == parent.digest
+    assert child.group == parent.group == "patient"
     assert child.digest != parent.digest
     assert sum(made.rows.values()) == 200
     assert check_data(storage, child) == sum(child.rows(split) for split in child.counts)

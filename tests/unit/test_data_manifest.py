@@ -23,7 +23,7 @@ def _manifest(tmp_path: Path) -> Manifest:
 def test_a_manifest_of_an_older_rayline_still_reads(tmp_path: Path) -> None:
     manifest = _manifest(tmp_path)
     content = manifest.to_json()
-    del content["ignored"], content["preprocess"]["grey_range"]
+    del content["ignored"], content["group"], content["preprocess"]["grey_range"]
     assert Manifest.from_json(json.loads(json.dumps(content))) == manifest
 
 

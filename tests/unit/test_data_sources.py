@@ -22,6 +22,7 @@ def storage(tmp_path: Path) -> Storage:
 
 def test_bundled_mnist_is_whole(storage: Storage) -> None:
     source = find_source("mnist")
+    assert source.ignored == ()
     with Staging(storage) as staging:
         opened = source.open(staging)
         assert opened.shape == (28, 28, 1)

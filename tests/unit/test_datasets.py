@@ -78,6 +78,16 @@ def test_show_follows_the_lineage_both_ways(
     assert ask(capsys, "show", base.digest)[0]["children"] == [child.digest]
 
 
+def test_the_column_of_groups_is_shown_and_kept_by_children(
+    storage: Storage, base: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "split by  rows" in ask(capsys, "show", base.digest)[1]
+    grouped = write_set(storage, splits(train=range(55)), NAMES, group="patient")
+    content, said = ask(capsys, "show", grouped.digest)
+    assert content["group"] == "patient"
+    assert "groups, of column patient" in said
+
+
 def test_show_draws_samples_of_every_class(
     base: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,6 +72,7 @@ def test_the_page_says_what_is_known(html: str) -> None:
         "the candidate is better than the champion",
         "version 3",
         "48,213, 3 failed",
+        "groups, of column scanner",
     ):
         assert words in text
     assert html.count("<svg") == len(PICTURES) + 2
