@@ -112,6 +112,7 @@ class Route:
     """Of the answer."""
     request: Mapping[str, Any] | None = None
     """Content type → schema of the body."""
+    is_body_required: bool = True
     errors: tuple[int, ...] = ()
     tag: str = "console"
     """Heading under which the OpenAPI document lists it."""
@@ -360,7 +361,8 @@ class App:
         if asked is None or asked.card is None:
             self.record.add(caller, status, None, seconds)
             return
-        self.record.add(caller, status, asked.card, seconds)
+        num_images = 0 if asked.images is None else len(asked.images)
+        self.record.add(caller, status, asked.card, seconds, num_images)
         if asked.images is None or self.recorder is None or asked.request_id == PROBE_ID:
             return
         self.recorder.add(

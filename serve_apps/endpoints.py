@@ -20,7 +20,7 @@ from lib.watch.labels import LabelLog
 from lib.watch.predictions import num_answers
 from lib.watch.recorder import FLUSH_EVERY_S
 from lib.watch.segments import SPAN_US
-from serve_apps import schemas, watching
+from serve_apps import repository, schemas, watching
 from serve_apps.asgi import JSON, Call, Header, Reply, Route, json_reply
 
 LARGE_BODY_BYTES = 2**16
@@ -39,7 +39,12 @@ class Endpoints:
     """The handlers, over a router."""
 
     def __init__(
-        self, router: Router, storage: Storage, *, others_flush_s: float = OTHERS_FLUSH_S
+        self,
+        router: Router,
+        storage: Storage,
+        *,
+        others_flush_s: float = OTHERS_FLUSH_S,
+        counts: repository.Counts = repository.nothing,
     ) -> None:
         self._router = router
         self._labels = LabelLog(storage)
@@ -47,6 +52,7 @@ class Endpoints:
         self._storage = storage
         self._lookups = asyncio.Semaphore(MAX_LOOKUPS)
         self.watching = watching.Watching(router, storage)
+        self.repository = repository.Repository(router, counts)
 
     async def predict(self, call: Call) -> Reply:
         """POST /predict: one image in, label and probabilities out."""
@@ -198,7 +204,7 @@ class Endpoints:
 
     async def server(self, call: Call) -> Reply:
         """GET /v2: the protocol's server metadata."""
-        return json_reply({"name": "rayline", "version": "2", "extensions": ["binary_tensor_data"]})
+        return json_reply({"name": "rayline", "version": "2", "extensions": oip.EXTENSIONS})
 
     async def live(self, call: Call) -> Reply:
         """GET /v2/health/live: the process answers."""
@@ -274,7 +280,8 @@ def routes(endpoints: Endpoints) -> list[Route]:
         "GET", "/traffic", endpoints.traffic, "The traffic policy in force.",
         scope="view", errors=(503,),
     )  # fmt: skip
-    v2 = "Open Inference Protocol"
+    v2 = oip.TAG
+    table += repository.routes(endpoints.repository)
     add("GET", "/v2", endpoints.server, "Server metadata.", tag=v2)
     add("GET", "/v2/health/live", endpoints.live, "Whether the server is up.", tag=v2)
     add(

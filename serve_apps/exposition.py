@@ -7,7 +7,8 @@ label `gateway`, and none ever jumps back: sum rates over it, of windows of seve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
@@ -42,6 +43,7 @@ class Exposition(Collector):
         self._unreported = unreported
         self._in_flight = in_flight
         self._record = Record()
+        self._last_ms: dict[tuple[str, str], int] = {}
         self._others: dict[tuple[metrics.Metric, tuple[str, ...]], float] = {}
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -49,9 +51,21 @@ class Exposition(Collector):
     def add(self, record: Record, increments: Iterable[Increment] = ()) -> None:
         """Keep the counts of a record that is reported, and of what else is counted."""
         self._record.merge(record)
+        self._last_ms |= dict.fromkeys(record.latency, int(time.time() * 1000))
         for metric, labels, value in increments:
             key = (metric, labels)
             self._others[key] = self._others.get(key, 0.0) + value
+
+    def counts(self) -> tuple[Record, Mapping[tuple[str, str], int]]:
+        """Return all counts, and when each version was last counted (ms since 1970).
+
+        The time is that of the report which its last request was in.
+        """
+        unreported, total = self._unreported(), Record()
+        total.merge(self._record)
+        total.merge(unreported)
+        now_ms = int(time.time() * 1000)
+        return total, self._last_ms | dict.fromkeys(unreported.latency, now_ms)
 
     def render(self) -> bytes:
         """Return the text, of the type CONTENT_TYPE."""
@@ -63,9 +77,7 @@ class Exposition(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield each metric with its series."""
-        total = Record()
-        total.merge(self._record)
-        total.merge(self._unreported())
+        total, _ = self.counts()
         requests = _counter(metrics.REQUESTS)
         for (model, version, caller, status), count in total.requests.items():
             requests.add_metric([self._gateway, model, version, caller, str(status)], count)

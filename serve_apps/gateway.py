@@ -83,8 +83,10 @@ class Gateway(GrpcLane):
         self._exposition = Exposition(
             replica, lambda: self._app.record, lambda: self._app.in_flight
         )
+        endpoints = Endpoints(self._router, self._storage, counts=self._exposition.counts)
+        self._repository = endpoints.repository
         self._app = App(
-            [*routes(Endpoints(self._router, self._storage)), exposition.route(self._exposition)],
+            [*routes(endpoints), exposition.route(self._exposition)],
             title="Rayline",
             description="Image classification, several model versions behind one address.",
             authenticate=lambda headers: authenticate(self._keys, headers),

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2 as messages
 
-from lib.serving import oip_grpc
+from lib.serving import oip, oip_grpc
 from lib.serving.bundle import Card
 from lib.serving.feedback import PROBE_ID, REQUEST_ID, new_request_id
 from lib.serving.keys import ANYONE, INTERNAL
@@ -21,6 +21,7 @@ from lib.serving.router import Router, Version
 from lib.serving.tracing import HEADER, Trace
 from serve_apps import logs
 from serve_apps.asgi import UNKNOWN, App, request_id_of
+from serve_apps.repository import Repository
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -56,6 +57,7 @@ class GrpcLane:
 
     _app: App
     _router: Router
+    _repository: Repository
 
     async def ServerLive(self, message: Any, grpc_context: Any) -> Any:
         """Whether the server is up."""
@@ -67,7 +69,9 @@ class GrpcLane:
 
     async def ServerMetadata(self, message: Any, grpc_context: Any) -> Any:
         """What this server is."""
-        return messages.ServerMetadataResponse(name="rayline", version="2")
+        return messages.ServerMetadataResponse(
+            name="rayline", version="2", extensions=oip.EXTENSIONS
+        )
 
     async def ModelReady(self, message: Any, grpc_context: Any) -> Any:
         """Whether a model, or one version of it, answers."""
@@ -87,6 +91,33 @@ class GrpcLane:
             return oip_grpc.render_metadata(card, sorted(traffic.bundles))
 
         return await self._answered(message, grpc_context, answer, messages.ModelMetadataResponse)
+
+    async def RepositoryIndex(self, message: Any, grpc_context: Any) -> Any:
+        """Every version with its state."""
+
+        async def answer(call: _Call) -> Any:
+            index = self._repository.index(is_ready_only=message.ready)
+            return messages.RepositoryIndexResponse(models=index)
+
+        return await self._answered(message, grpc_context, answer, messages.RepositoryIndexResponse)
+
+    async def ModelConfig(self, message: Any, grpc_context: Any) -> Any:
+        """A model's configuration."""
+
+        async def answer(call: _Call) -> Any:
+            config = self._repository.config(message.name, message.version or None)
+            return messages.ModelConfigResponse(config=config)
+
+        return await self._answered(message, grpc_context, answer, messages.ModelConfigResponse)
+
+    async def ModelStatistics(self, message: Any, grpc_context: Any) -> Any:
+        """What this gateway has counted."""
+
+        async def answer(call: _Call) -> Any:
+            counted = self._repository.statistics(message.name or None, message.version or None)
+            return messages.ModelStatisticsResponse(model_stats=counted)
+
+        return await self._answered(message, grpc_context, answer, messages.ModelStatisticsResponse)
 
     async def ModelInfer(self, message: Any, grpc_context: Any) -> Any:
         """Classify a batch."""

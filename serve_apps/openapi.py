@@ -46,6 +46,7 @@ class Described(Protocol):
     response: type[BaseModel] | None
     content_type: str
     request: Mapping[str, Any] | None
+    is_body_required: bool
     errors: tuple[int, ...]
     tag: str
     scope: str | None
@@ -96,7 +97,10 @@ def _operation(route: Described) -> dict[str, Any]:
         "security": [{}, *({name: []} for name in _KEYS)] if route.scope else [],
     }
     if route.request:
-        operation["requestBody"] = {"required": True, "content": dict(route.request)}
+        operation["requestBody"] = {
+            "required": route.is_body_required,
+            "content": dict(route.request),
+        }
     return operation
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, RootModel
 
 
 class Prediction(BaseModel):
@@ -43,6 +43,25 @@ class FeedbackStored(BaseModel):
         "null if that was not found out."
     )
     why: str | None = Field(default=None, description="Where `known` is not true.")
+
+
+class IndexRequest(BaseModel):
+    """Which versions to list."""
+
+    ready: bool = Field(default=False, description="Only those that are up.")
+
+
+class ModelIndex(BaseModel):
+    """A version and its state."""
+
+    name: str
+    version: str
+    state: str = Field(description="READY or UNAVAILABLE.")
+    reason: str
+
+
+class RepositoryIndex(RootModel[list[ModelIndex]]):
+    """Every version with its state."""
 
 
 class Error(BaseModel):

@@ -19,6 +19,10 @@ from lib.serving.feedback import PROBE_ID, REQUEST_ID
 from lib.serving.payload import MAX_BATCH, PayloadError, load_json
 
 INPUT, OUTPUT = "images", "probabilities"
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
+"""Of the protocol; of the repository's, only the index."""
+TAG = "Open Inference Protocol"
+"""In the OpenAPI document."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +34,17 @@ class InferRequest:
     binary_output: bool
 
 
+def platform(card: Card) -> str:
+    """Return the one of Triton's platforms that is nearest to a version's runtime."""
+    return "onnxruntime_onnx" if card.runtime == "onnxruntime" else "pytorch_libtorch"
+
+
 def model_metadata(name: str, card: Card, versions: list[int]) -> dict[str, Any]:
     """Return the protocol's metadata of a model."""
     return {
         "name": name,
         "versions": [str(version) for version in versions],
-        "platform": "onnxruntime_onnx" if card.runtime == "onnxruntime" else "pytorch_pt2",
+        "platform": platform(card),
         "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, *card.shape]}],
         "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, len(card.class_names)]}],
         "class_names": list(card.class_names),

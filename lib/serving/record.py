@@ -23,9 +23,12 @@ class Record:
         self.requests: Counter[tuple[str, str, str, int]] = Counter()
         """By model, version, caller and status; model and version are empty where none was met."""
         self.latency: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
-        """By model and version: requests by bucket, and their seconds."""
+        """By model and version: requests by bucket; their seconds, those of failed ones, and the
+        images of the others."""
 
-    def add(self, caller: str, status: int, card: Card | None, seconds: float) -> None:
+    def add(
+        self, caller: str, status: int, card: Card | None, seconds: float, num_images: int = 0
+    ) -> None:
         """Count a request that was answered."""
         if card is None:
             self.requests["", "", caller, status] += 1
@@ -34,19 +37,23 @@ class Record:
         self.requests[*key, caller, status] += 1
         found = self.latency.get(key)
         if found is None:
-            found = self.latency[key] = ([0] * len(LATENCY_BUCKETS_S), [0.0])
+            found = self.latency[key] = ([0] * len(LATENCY_BUCKETS_S), [0.0, 0.0, 0])
         counts, total = found
         counts[bisect_left(_BOUNDS_S, seconds)] += 1
         total[0] += seconds
+        if status == 200:
+            total[2] += num_images
+        else:
+            total[1] += seconds
 
     def merge(self, other: Record) -> None:
         """Add what another one has counted."""
         self.requests.update(other.requests)
         for key, (counts, total) in other.latency.items():
-            mine, my_total = self.latency.get(key, ([0] * len(counts), [0.0]))
+            mine, my_total = self.latency.get(key, ([0] * len(counts), [0.0] * len(total)))
             self.latency[key] = (
                 [a + b for a, b in zip(mine, counts, strict=True)],
-                [my_total[0] + total[0]],
+                [a + b for a, b in zip(my_total, total, strict=True)],
             )
 
     def increments(self) -> Iterator[Increment]:

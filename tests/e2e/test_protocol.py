@@ -53,6 +53,14 @@ def test_health_and_metadata(client: Any, line: LiveLine) -> None:
     assert metadata["inputs"] == [{"name": "images", "datatype": "UINT8", "shape": [-1, 28, 28, 1]}]
     version = metadata["versions"][0]
     assert client.is_model_ready("digits", version)
+    assert client.get_model_config("digits")["input"][0]["data_type"] == "TYPE_UINT8"
+    index = client.get_model_repository_index()
+    assert {(model["name"], model["version"]) for model in index} == {
+        ("digits", each) for each in metadata["versions"]
+    }
+    # Of whichever gateway answers.
+    (counted,) = client.get_inference_statistics("digits", version)["model_stats"]
+    assert (counted["name"], counted["version"]) == ("digits", version)
     with pytest.raises(InferenceServerException):
         client.get_model_metadata("no-such-model")
 
@@ -126,8 +134,14 @@ def test_grpc_gives_what_http_gives(
         assert np.allclose(result.as_numpy("probabilities"), over_http, atol=1e-6)
     with pytest.raises(InferenceServerException, match="there are"):
         grpc.infer("digits", [tensor], model_version="999")
+    config = grpc.get_model_config("digits").config
+    assert list(config.input[0].dims) == [28, 28, 1]
+    assert {model.version for model in grpc.get_model_repository_index().models} == set(
+        metadata.versions
+    )
+    assert len(grpc.get_inference_statistics("digits").model_stats) == len(metadata.versions)
     with pytest.raises(InferenceServerException, match="Rayline does not serve this"):
-        grpc.get_model_config("digits")
+        grpc.load_model("digits")
     grpc.close()
 
 

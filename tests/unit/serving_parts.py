@@ -87,8 +87,9 @@ def app_over(router: Router, storage: Storage, **options: Any) -> App:
     """An application that asks for keys as soon as there are some when it is made."""
     keys = read_keys(storage)
     seen = Exposition("replica", lambda: app.record, lambda: app.in_flight)
+    endpoints = Endpoints(router, storage, others_flush_s=0, counts=seen.counts)
     app = App(
-        [*routes(Endpoints(router, storage, others_flush_s=0)), exposition.route(seen)],
+        [*routes(endpoints), exposition.route(seen)],
         title="Rayline",
         description="test",
         authenticate=lambda headers: authenticate(keys, headers),

@@ -625,6 +625,53 @@ def test_a_call_to_an_application_that_goes_ends_at_once() -> None:
     asyncio.run(scenario())
 
 
+def test_triton_s_extensions_list_configure_and_count_what_is_served(tmp_path: Path) -> None:
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [3, 4, 6, 1], "data": [0] * 72}
+
+    async def scenario() -> None:
+        storage = Storage(str(tmp_path))
+        publish(storage, {1: 90, 2: 10})
+        router = Router(storage, make_predict)
+        await router.refresh()
+        router.set_gone({("shapes", 2)})
+        app = app_over(router, storage)
+        infer = json.dumps({"inputs": [tensor]}).encode()
+        await request(app, "POST", "/v2/models/shapes/versions/1/infer", infer)
+        await request(app, "POST", "/v2/models/shapes/versions/1/infer", b"{}")
+
+        async def ask(path: str) -> Any:
+            answer = await request(app, "GET", path)
+            assert answer.status == 200, answer.body
+            return answer.json
+
+        assert await ask("/v2/models") == {"models": ["shapes"]}
+        for base in ("/v2/models/shapes", "/v2/models/shapes/versions/2"):
+            config = await ask(f"{base}/config")
+            assert (config["name"], config["max_batch_size"]) == ("shapes", payload.MAX_BATCH)
+            assert config["input"][0]["dims"] == [4, 6, 1]
+            assert config["output"][0]["dims"] == [3]
+        everything = (await ask("/v2/models/stats"))["model_stats"]
+        of_model = (await ask("/v2/models/shapes/stats"))["model_stats"]
+        assert [each["inference_stats"] for each in of_model] == [
+            each["inference_stats"] for each in everything
+        ]
+        first, second = everything
+        assert [first["version"], second["version"]] == ["1", "2"]
+        assert first["inference_count"] == 3
+        stats = first["inference_stats"]
+        assert (stats["success"]["count"], stats["fail"]["count"]) == (1, 1)
+        assert min(stats["success"]["ns"], stats["fail"]["ns"]) > 0
+        assert second["inference_stats"]["success"] == {"count": 0, "ns": 0}
+        assert (await request(app, "GET", "/v2/models/shapes/versions/9/stats")).status == 404
+        for body, versions in ((b"", ["1", "2"]), (b'{"ready": true}', ["1"])):
+            index = (await request(app, "POST", "/v2/repository/index", body)).json
+            assert [each["version"] for each in index] == versions
+        assert index[0]["state"] == "READY"
+        assert (await request(app, "POST", "/v2/repository/index", b"[]")).status == 422
+
+    asyncio.run(scenario())
+
+
 def test_before_the_first_deploy_the_gateway_is_live_and_not_ready(tmp_path: Path) -> None:
     async def scenario() -> None:
         app = await gateway(Storage(str(tmp_path)))

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from tritonclient.grpc import model_config_pb2 as model_config
 from tritonclient.grpc import service_pb2 as messages
 
 from lib.serving.keys import add_key
@@ -19,6 +20,7 @@ from lib.watch.predictions import read
 from lib.watch.segments import MAX_US
 from serve_apps.asgi import App
 from serve_apps.grpc_lane import GrpcLane
+from serve_apps.repository import Repository
 from tests.unit.serving_parts import app_over, make_predict, publish
 
 IMAGES = np.arange(2 * 24, dtype=np.uint8).reshape(2, 4, 6, 1)
@@ -50,6 +52,7 @@ class Context:
 class Lane(GrpcLane):
     def __init__(self, router: Router, app: App) -> None:
         self._router, self._app = router, app
+        self._repository = Repository(router, lambda: (app.record, {}))
 
 
 def run(tmp_path: Path, scenario: Callable[[Lane], Awaitable[None]]) -> None:
@@ -107,6 +110,32 @@ def test_an_unusable_request_id_in_the_metadata_is_replaced(tmp_path: Path) -> N
         answer = await lane.ModelInfer(infer_request(), context)
         assert context.code is None
         assert context.trailing["x-request-id"] == answer.id != "a#1"
+
+    run(tmp_path, scenario)
+
+
+def test_triton_s_extensions_say_what_http_says(tmp_path: Path) -> None:
+    async def scenario(lane: Lane) -> None:
+        index = await lane.RepositoryIndex(messages.RepositoryIndexRequest(), Context())
+        assert [(m.name, m.version, m.state) for m in index.models] == [
+            ("shapes", "1", "READY"),
+            ("shapes", "2", "READY"),
+        ]
+        asked = messages.ModelConfigRequest(name="shapes", version="2")
+        config = (await lane.ModelConfig(asked, Context())).config
+        assert (config.platform, list(config.input[0].dims)) == ("onnxruntime_onnx", [4, 6, 1])
+        assert config.input[0].data_type == model_config.TYPE_UINT8
+        assert list(config.version_policy.specific.versions) == [1, 2]
+        await lane.ModelInfer(infer_request(), Context(x_model_version="2"))
+        asked = messages.ModelStatisticsRequest(name="shapes", version="2")
+        (counted,) = (await lane.ModelStatistics(asked, Context())).model_stats
+        assert (counted.inference_count, counted.inference_stats.success.count) == (2, 1)
+        assert counted.inference_stats.success.ns > 0
+        unknown = Context()
+        await lane.ModelConfig(messages.ModelConfigRequest(name="cats"), unknown)
+        assert unknown.code == grpc.StatusCode.NOT_FOUND
+        server = await lane.ServerMetadata(messages.ServerMetadataRequest(), Context())
+        assert "binary_tensor_data" in server.extensions
 
     run(tmp_path, scenario)
 
