@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -146,13 +147,23 @@ def _exclusive(line: Line) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            progress("line", f"{lock.read()} starts or ends parts of this line: waiting for it")
+            # One that has just taken the lock has not written yet who it is.
+            _wait(lambda: bool(_text(lock)), 1.0)
+            holder = _text(lock) or "another process"
+            progress("line", f"{holder} starts or ends parts of this line: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} ({' '.join(sys.orig_argv[1:])})")
         lock.flush()
-        yield
+        try:
+            yield
+        finally:
+            lock.truncate(0)
+
+
+def _text(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def answers(url: str, timeout_s: float = 5.0) -> bool:

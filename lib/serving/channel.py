@@ -6,13 +6,15 @@ sockets into one folder of the node; a gateway that finds none there, since the 
 another node, at zero or just gone, uses the handle.
 
 A frame is a count and raw bytes: N as uint32 and N images of uint8 to the replica, N as uint32 and
-N × classes probabilities of float32 back, N = 0 for a call that failed.
+N × classes probabilities of float32 back. N = 0 is a call that failed; the cause follows, for the
+gateway's log: its length in bytes as uint32, and UTF-8.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -34,8 +36,10 @@ from lib.secrets import PRIVATE_DIR_VARIABLE, check_owner, make_private
 Images = npt.NDArray[np.uint8]
 Probabilities = npt.NDArray[np.float32]
 
-_SUFFIX = ".v1.sock"
-"""Tells the format of frames: gateways and versions may run different code."""
+_SUFFIX, _OLD_SUFFIX = ".v2.sock", ".v1.sock"
+"""Tell the format of frames: gateways and versions may run different code. The old one has no cause
+of a failure."""
+_MAX_CAUSE = 2000
 _COUNT = struct.Struct("<I")
 _CREDENTIALS = struct.Struct("3i")
 """Process, user and group, as Linux tells them of the other end of a Unix socket."""
@@ -102,11 +106,14 @@ class _Frames(asyncio.Protocol):
         self._buffer += data
         while len(self._buffer) >= _COUNT.size:
             (count,) = _COUNT.unpack_from(self._buffer)
-            end = _COUNT.size + count * self._row_bytes
+            end = self.frame_bytes(count)
             if len(self._buffer) < end:
                 return
             frame, self._buffer = self._buffer, self._buffer[end:]
             self.received(count, frame)
+
+    def frame_bytes(self, count: int) -> int:
+        return _COUNT.size + count * self._row_bytes
 
     def received(self, count: int, frame: bytearray) -> None:
         raise NotImplementedError
@@ -114,19 +121,27 @@ class _Frames(asyncio.Protocol):
 
 class _Replica(_Frames):
     def __init__(
-        self, predict: Callable[[Images], Probabilities], shape: tuple[int, int, int]
+        self,
+        predict: Callable[[Images], Probabilities],
+        shape: tuple[int, int, int],
+        *,
+        tells_cause: bool,
     ) -> None:
         super().__init__(int(np.prod(shape)))
         self._predict, self._shape = predict, shape
+        self._tells_cause = tells_cause
 
     def received(self, count: int, frame: bytearray) -> None:
         assert self.transport is not None
         pixels = np.frombuffer(frame, np.uint8, count * self._row_bytes, _COUNT.size)
         try:
             probabilities = self._predict(pixels.reshape(count, *self._shape))
-        except Exception:
+        except Exception as error:
             _log.exception("a batch of %d images failed", count)
-            self.transport.write(_COUNT.pack(0))
+            cause = f"{type(error).__name__}: {error}"[:_MAX_CAUSE].encode(errors="replace")
+            self.transport.write(
+                _COUNT.pack(0) + (_COUNT.pack(len(cause)) + cause if self._tells_cause else b"")
+            )
             return
         self.transport.write(
             _COUNT.pack(count) + np.ascontiguousarray(probabilities, np.float32).tobytes()
@@ -135,14 +150,21 @@ class _Replica(_Frames):
 
 @dataclass(frozen=True, slots=True)
 class ChannelServer:
-    """A replica's socket; it lives as long as this."""
+    """A replica's sockets, one a format of frames; they live as long as this."""
 
-    path: Path
-    server: asyncio.AbstractServer
+    paths: tuple[Path, ...]
+    """Of the newest format first."""
+    servers: tuple[asyncio.AbstractServer, ...]
 
     def withdraw(self) -> None:
-        """Take the name away: no gateway connects any more, what is connected goes on."""
-        self.path.unlink(missing_ok=True)
+        """Take the names away: no gateway connects any more, what is connected goes on."""
+        for path in reversed(self.paths):
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Listen no longer."""
+        for server in self.servers:
+            server.close()
 
 
 async def serve_channel(
@@ -153,26 +175,31 @@ async def serve_channel(
     shape: tuple[int, int, int],
 ) -> ChannelServer:
     """Answer calls to a replica from gateways on this node, as long as the result is kept."""
-    path = _subfolder(folder, application) / f"{replica}{_SUFFIX}"
-    for needed in (folder, path.parent):
+    place = _subfolder(folder, application)
+    for needed in (folder, place):
         try:
             make_private(needed)
         except PermissionError as error:
             raise ServingError(f"{error}; remove it, or set {PRIVATE_DIR_VARIABLE}") from error
-    loop = asyncio.get_running_loop()
-    # Under its own name only once it listens: a gateway must not find it before.
-    hidden = path.with_suffix(".new")
-    server = await loop.create_unix_server(lambda: _Replica(predict, shape), str(hidden))
-    hidden.rename(path)
-    return ChannelServer(path, server)
+    paths, servers = [], []
+    # The newest first: a gateway takes the old one only where there is no other.
+    for suffix in (_SUFFIX, _OLD_SUFFIX):
+        path = place / f"{replica}{suffix}"
+        make = functools.partial(_Replica, predict, shape, tells_cause=suffix == _SUFFIX)
+        # Under its own name only once it listens: a gateway must not find it before.
+        hidden = path.with_suffix(".new")
+        servers.append(await asyncio.get_running_loop().create_unix_server(make, str(hidden)))
+        paths.append(hidden.rename(path))
+    return ChannelServer(tuple(paths), tuple(servers))
 
 
 class Channel(_Frames):
     """A gateway's connection to one replica. Calls are answered in their order."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, *, tells_cause: bool) -> None:
         super().__init__(4 * num_classes)
         self._num_classes = num_classes
+        self._tells_cause = tells_cause
         self._waiting: deque[asyncio.Future[Probabilities]] = deque()
         self.is_open = True
 
@@ -192,13 +219,23 @@ class Channel(_Frames):
         )
         return await future
 
+    def frame_bytes(self, count: int) -> int:
+        """Return the length of the frame that begins the buffer, or of a part that it must have."""
+        if count or not self._tells_cause:
+            return super().frame_bytes(count)
+        if len(self._buffer) < 2 * _COUNT.size:
+            return 2 * _COUNT.size
+        (length,) = _COUNT.unpack_from(self._buffer, _COUNT.size)
+        return 2 * _COUNT.size + int(length)
+
     def received(self, count: int, frame: bytearray) -> None:
         """Answer the oldest call."""
         future = self._waiting.popleft()
         if future.done():
             return
         if count == 0:
-            future.set_exception(ServingError("the version failed on this batch; see its log"))
+            cause = frame[2 * _COUNT.size :].decode(errors="replace") or "see its log"
+            future.set_exception(ServingError(f"the version failed on this batch: {cause}"))
             return
         values = np.frombuffer(frame, np.float32, count * self._num_classes, _COUNT.size)
         future.set_result(values.reshape(count, self._num_classes))
@@ -242,7 +279,14 @@ class Channels:
             for folder in (self._root, self._folder):
                 if check_owner(folder).st_mode & 0o077:
                     raise PermissionError(f"{folder} is open to other users")
-            found = {name for name in os.listdir(self._folder) if name.endswith(_SUFFIX)}
+            names = set(os.listdir(self._folder))
+            found = {name for name in names if name.endswith(_SUFFIX)}
+            found |= {
+                name
+                for name in names
+                if name.endswith(_OLD_SUFFIX)
+                and name.removesuffix(_OLD_SUFFIX) + _SUFFIX not in names
+            }
         except FileNotFoundError:
             found = set()
         except PermissionError as error:
@@ -263,7 +307,7 @@ class Channels:
         loop = asyncio.get_running_loop()
         try:
             _, channel = await loop.create_unix_connection(
-                lambda: Channel(self._num_classes), str(path)
+                lambda: Channel(self._num_classes, tells_cause=name.endswith(_SUFFIX)), str(path)
             )
         except ConnectionRefusedError:
             # Its process is dead.

@@ -31,7 +31,7 @@ def test_another_user_reads_writes_and_impersonates_nothing(line: LiveLine) -> N
         "session": lambda path: path.name.startswith("session_2"),
         "code of replicas": lambda path: path.parent.name == "working_dir_files",
         "HAProxy's admin socket": lambda path: path.name == "admin.sock",
-        "sockets of versions": lambda path: path.name.endswith(".v1.sock"),
+        "sockets of versions": lambda path: path.name.endswith(".v2.sock"),
     }
     for what, is_it in wanted.items():
         assert any(map(is_it, inside)), what

@@ -54,7 +54,7 @@ async def connected(
     await channels.refresh()
     yield server, channels
     channels.close()
-    server.server.close()
+    server.close()
 
 
 def picked(channels: Channels) -> Channel:
@@ -91,9 +91,54 @@ def test_a_batch_that_fails_fails_alone(folder: Path) -> None:
     async def scenario() -> None:
         async with connected(folder, predict) as (_, channels):
             channel = picked(channels)
-            with pytest.raises(ServingError, match="see its log"):
+            with pytest.raises(ServingError, match="this batch: ValueError: broken"):
                 await channel.call(images(2))
             assert (await channel.call(images(1))).shape == (1, 3)
+
+    run(scenario)
+
+
+def test_a_cause_may_come_in_parts_and_behind_other_answers(folder: Path) -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        channel = Channel(3, tells_cause=True)
+        cause = "Zerfall: ü".encode()
+        sent = (1).to_bytes(4, "little") + np.ones(3, np.float32).tobytes()
+        sent += bytes(4) + len(cause).to_bytes(4, "little") + cause
+        waiting = [loop.create_future(), loop.create_future(), loop.create_future()]
+        channel._waiting.extend(waiting)
+        for byte in sent * 2:
+            channel.data_received(bytes([byte]))
+            if waiting[2].done():
+                break
+        assert waiting[0].result().tolist() == waiting[2].result().tolist() == [[1, 1, 1]]
+        with pytest.raises(ServingError, match="Zerfall: ü$"):
+            waiting[1].result()
+
+    run(scenario)
+
+
+def test_gateways_and_versions_of_older_code_understand_each_other(folder: Path) -> None:
+    def predict(images_NHWC: Images) -> Probabilities:
+        if len(images_NHWC) == 2:
+            raise ValueError("broken")
+        return first_pixels(images_NHWC)
+
+    async def scenario() -> None:
+        server = await serve_channel(folder, "shapes-v1", "replica", predict, SHAPE)
+        channels = Channels(folder, "shapes-v1", 3)
+        await channels.refresh()
+        # One channel a replica, though it has a socket for each format.
+        assert list(channels._open) == ["replica.v2.sock"]
+        channels.close()
+        # As a version of older code, and as a gateway of older code sees a new one.
+        server.paths[0].unlink()
+        await channels.refresh()
+        with pytest.raises(ServingError, match="see its log"):
+            await picked(channels).call(images(2))
+        assert (await picked(channels).call(images(1))).shape == (1, 3)
+        channels.close()
+        server.close()
 
     run(scenario)
 
@@ -106,16 +151,19 @@ def test_a_replica_that_dies_fails_its_calls_at_once_and_leaves_no_socket(folder
             assert channel.transport is not None
             # As a killed process does: the other end is closed, the file is left behind.
             channel.transport.abort()
-            server.server.close()
-            await server.server.wait_closed()
+            server.close()
+            for each in server.servers:
+                await each.wait_closed()
             for call in calls:
                 with pytest.raises(ChannelLost):
                     await call
             assert channels.pick() is None
-            assert server.path.exists()
-            await channels.refresh()
-            assert channels.pick() is None
-            assert not server.path.exists()
+            assert server.paths[0].exists()
+            # One after the other: first the newer format's, then the older one's.
+            for path in server.paths:
+                await channels.refresh()
+                assert channels.pick() is None
+                assert not path.exists()
 
     run(scenario)
 
@@ -159,7 +207,7 @@ def test_images_do_not_go_to_a_replica_of_another_user(folder: Path) -> None:
     place = folder / "shapes-v1"
     place.mkdir(parents=True)
     open_to_all(folder)
-    stranger = run_as_stranger(SERVER, str(place / "replica.v1.sock"))
+    stranger = run_as_stranger(SERVER, str(place / "replica.v2.sock"))
     assert stranger.stdout
     assert stranger.stdout.readline() == "listens\n"
 
@@ -198,10 +246,10 @@ def test_a_replica_answers_no_other_user(folder: Path) -> None:
     async def scenario() -> None:
         server = await serve_channel(folder, "shapes-v1", "replica", first_pixels, SHAPE)
         open_to_all(folder)
-        stranger = run_as_stranger(CLIENT, str(server.path))
+        stranger = run_as_stranger(CLIENT, str(server.paths[0]))
         output, _ = await asyncio.to_thread(stranger.communicate, timeout=20)
         assert output == "0\n"
-        server.server.close()
+        server.close()
 
     run(scenario)
 
@@ -216,14 +264,14 @@ def test_names_longer_than_a_socket_s_path_have_channels_of_their_own(
         servers = [
             await serve_channel(folder, name, "replica", first_pixels, SHAPE) for name in names
         ]
-        assert len({server.path.parent for server in servers}) == 2
+        assert len({server.paths[0].parent for server in servers}) == 2
         for name in names:
             channels = Channels(folder, name, 3)
             await channels.refresh()
             assert (await picked(channels).call(images(1))).shape == (1, 3)
             channels.close()
         for server in servers:
-            server.server.close()
+            server.close()
 
     run(scenario)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -158,3 +159,21 @@ def test_help_loads_nothing_and_knows_json(job: str) -> None:
     assert loaded == "[]"
     assert any("--json" in line for line in text)
     assert any("usage: python -m jobs." in line for line in text)
+
+
+def test_what_a_job_writes_is_its_users_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "folder" / "written"
+
+    def job() -> Mapping[str, Any]:
+        written.parent.mkdir()
+        written.touch()
+        return {}
+
+    before = os.umask(0o022)
+    try:
+        run(job, capsys)
+    finally:
+        os.umask(before)
+    assert not any(path.stat().st_mode & 0o077 for path in (written, written.parent))

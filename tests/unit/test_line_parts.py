@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import sqlite3
+import stat
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -193,3 +196,40 @@ def make_older_database(path: Path) -> str:
 def revision(database: Path) -> str:
     with contextlib.closing(sqlite3.connect(database)) as connection:
         return str(connection.execute("select version_num from alembic_version").fetchone()[0])
+
+
+def test_what_older_code_left_of_ray_is_tidied_and_the_logs_are_found(line: Line) -> None:
+    line.prepare()
+    private = Path(line.private_dir)
+    try:
+        for name in ("session_2026-01-01_00-00-00_000000_1", "ha", "ray/session_2026-02-01"):
+            (private / name).mkdir(parents=True)
+        (line.logs / "ray-sessions").symlink_to(private)
+        parts._tidy_ray(line)
+        assert {path.name for path in private.iterdir()} == {"ray"}
+        assert (line.logs / "ray-sessions").readlink() == private / "ray"
+        assert (line.logs / "serve").readlink().is_relative_to(private / "ray" / "session_latest")
+    finally:
+        shutil.rmtree(private)
+
+
+def test_what_a_part_writes_is_its_users_alone_and_an_open_storage_root_is_named(
+    line: Line,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    slow = part(monkeypatch, starts_in_s=0)
+    written = tmp_path / "written"
+    script = f"open({str(written)!r}, 'w').close()\n{SLOW_SERVER}"
+    command = (*slow.command[:2], script, *slow.command[3:])
+    monkeypatch.setattr(parts, "parts", lambda line: [replace(slow, command=command)])
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    storage.chmod(0o755)
+    bring_up(replace(line, storage_uri=str(storage)))
+    assert stat.S_IMODE(written.stat().st_mode) == 0o600
+    assert f"chmod 700 {storage}" in capsys.readouterr().out
+    storage.chmod(0o700)
+    bring_up(replace(line, storage_uri=f"file://{storage}"))
+    assert "chmod" not in capsys.readouterr().out
