@@ -20,7 +20,7 @@ from lib.watch.labels import LabelLog
 from lib.watch.predictions import num_answers
 from lib.watch.recorder import FLUSH_EVERY_S
 from lib.watch.segments import SPAN_US
-from serve_apps import repository, schemas, watching
+from serve_apps import openapi, repository, schemas, watching
 from serve_apps.asgi import JSON, Call, Header, Reply, Route, json_reply
 
 LARGE_BODY_BYTES = 2**16
@@ -257,7 +257,10 @@ def routes(endpoints: Endpoints) -> list[Route]:
         "application/json": {"schema": schemas.ImageBody.model_json_schema()},
     }
     feedback = {"application/json": {"schema": schemas.Feedback.model_json_schema()}}
-    infer = {"application/json": {"schema": {"type": "object"}}, "application/octet-stream": binary}
+    infer = {
+        "application/json": {"schema": openapi.inlined(schemas.InferBody)},
+        "application/octet-stream": binary,
+    }
     post_errors = (400, 401, 404, 408, 413, 415, 422, 503)
     chosen = ("X-Model-Version", "X-Routing-Key", "traceparent")
     table: list[Route] = []

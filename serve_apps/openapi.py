@@ -71,6 +71,24 @@ def document(routes: Sequence[Any], *, title: str, description: str) -> dict[str
     }
 
 
+def inlined(model: type[BaseModel]) -> dict[str, Any]:
+    """Return a model's JSON schema with those that it refers to in their places."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def resolve(part: Any) -> Any:
+        if isinstance(part, list):
+            return [resolve(each) for each in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return resolve(definitions[part["$ref"].rpartition("/")[2]])
+        return {name: resolve(each) for name, each in part.items()}
+
+    resolved: dict[str, Any] = resolve(schema)
+    return resolved
+
+
 def _operation(route: Described) -> dict[str, Any]:
     is_json = route.content_type == "application/json"
     schema = _reference(route.response) if route.response else {"type": "object"}

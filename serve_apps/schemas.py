@@ -45,6 +45,36 @@ class FeedbackStored(BaseModel):
     why: str | None = Field(default=None, description="Where `known` is not true.")
 
 
+class Tensor(BaseModel):
+    """An input of the Open Inference Protocol."""
+
+    name: str = Field(description="`images`.")
+    datatype: str = Field(description="`UINT8`.")
+    shape: list[int] = Field(description="[N, height, width, channels].")
+    data: list[Any] | None = Field(
+        default=None, description="Nested or flat; left out where the tensor is binary."
+    )
+    parameters: dict[str, Any] | None = Field(
+        default=None, description="`binary_data_size`: bytes of the tensor after the JSON."
+    )
+
+
+class Output(BaseModel):
+    """How an output is wanted."""
+
+    name: str = Field(description="`probabilities`.")
+    parameters: dict[str, Any] | None = Field(default=None, description="`binary_data`.")
+
+
+class InferBody(BaseModel):
+    """A request of the Open Inference Protocol."""
+
+    id: str | None = Field(default=None, pattern="^[A-Za-z0-9._-]{0,128}$")
+    inputs: list[Tensor] = Field(min_length=1, max_length=1)
+    outputs: list[Output] | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="`binary_data_output`.")
+
+
 class IndexRequest(BaseModel):
     """Which versions to list."""
 

@@ -152,11 +152,16 @@ def test_a_wrong_tensor_is_an_error_that_says_so(client: Any) -> None:
 
 def test_the_openapi_document_is_kept_whatever_is_sent(line: LiveLine, tmp_path: Path) -> None:
     assert requests.get(f"{line.url}/openapi.json", timeout=60).json()["paths"]
-    command = [str(Path(sys.executable).with_name("schemathesis")), "run"]
-    command += [f"{line.url}/openapi.json", "--url", line.url]
-    command += ["--checks", "not_a_server_error,status_code_conformance,content_type_conformance"]
-    command += ["--max-examples", "40", "--seed", "1", "--generation-database", "none"]
+    # No schema can say which bytes are a picture, or how many numbers an image has.
+    config = tmp_path / "schemathesis.toml"
+    config.write_text(
+        "[checks.positive_data_acceptance]\n"
+        'expected-statuses = ["2xx", "400", "401", "403", "404", "413", "415", "422", "503"]\n'
+    )
+    command = [str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(config)]
+    command += ["run", f"{line.url}/openapi.json", "--url", line.url, "--checks", "all"]
+    command += ["--max-examples", "25", "--seed", "1", "--generation-database", "none"]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout[-6000:]
