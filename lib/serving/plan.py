@@ -137,8 +137,8 @@ def applications(
 ) -> list[dict[str, Any]]:
     """Return the configs of the gateway and of every version that is an application of its own.
 
-    An application that is live keeps its code and options, but for its least number of replicas:
-    champion and previous champion stay warm, the others may go to zero.
+    An application that is live keeps its code and options, but for its least number of replicas: a
+    version that gets nothing but pinned requests may go to zero, the others never do.
     """
     template = yaml.safe_load((_ROOT / "serve_apps" / "config.yaml").read_text())
     wanted = [_application(settings, live, code_uri, template, name=GATEWAY, bundle=None)]
@@ -152,9 +152,10 @@ def applications(
                 name=version_application(name, version),
                 bundle=traffic.bundles[version],
             )
-            is_warm = version in (traffic.champion, traffic.previous_champion)
+            is_champion = version in (traffic.champion, traffic.previous_champion)
+            is_warm = is_champion or traffic.weights.get(version) or version in traffic.shadows
             for deployment in application["deployments"]:
-                deployment["autoscaling_config"]["min_replicas"] = int(is_warm)
+                deployment["autoscaling_config"]["min_replicas"] = int(bool(is_warm))
             wanted.append(application)
     return wanted
 
