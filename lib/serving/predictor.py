@@ -80,8 +80,8 @@ def load_predictor(
 
     `device` is that of torch: `lib.device.granted_device` in a process of Ray's.
 
-    Raises ServingError if the model gives another shape than the card promises, StorageError if
-    its file is not the one that was published.
+    Raises ServingError if the model gives another shape than the card promises, or NaN or infinity,
+    StorageError if its file is not the one that was published.
     """
     predictor: Predictor
     if card.runtime == "onnxruntime":
@@ -92,9 +92,12 @@ def load_predictor(
         predictor = TorchPredictor(file, num_threads=num_threads, device=device)
     else:
         raise ServingError(f"{path}: unknown runtime {card.runtime!r}")
-    warm = predictor.predict(np.zeros((2, *card.shape), np.uint8))
+    noise = np.random.default_rng(0).integers(0, 256, card.shape, np.uint8)
+    warm = predictor.predict(np.stack([np.zeros(card.shape, np.uint8), noise]))
     if warm.shape != (2, len(card.class_names)):
         raise ServingError(
             f"{path}: the model gives {warm.shape}, its card promises {(2, len(card.class_names))}"
         )
+    if not np.isfinite(warm).all():
+        raise ServingError(f"{path}: the model answers NaN or infinity; train it again")
     return predictor
