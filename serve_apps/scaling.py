@@ -11,46 +11,69 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 BUSY = "busy"
-"""Name of the measure: the share of a core that a replica's event loop used, 0 to 1."""
-
-
+"""Name of the measure: the cores that a replica used, or the share of its time in which it could
+take no further call; 0 to the number of its threads."""
 CALLS = "calls"
 """Name of the measure: calls since the last reading. A version without any may go to zero."""
 TARGET_BUSY = 0.7
 
 
 class BusyMeter:
-    """Share of a core that a thread used, since the last reading.
+    """How busy a replica's threads were since the last reading.
 
-    Time in which it waited for a core does not count: where the machine is full, one more replica
-    would only make the others wait longer, and every batch smaller.
+    Time in which a thread waited for a core does not count: where the machine is full, one more
+    replica would only make the others wait longer, and every batch smaller.
     """
 
     def __init__(self) -> None:
-        self._schedstat = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
-        self._last = self._now()
+        self._threads: dict[int, tuple[float, float]] = {}
+        self._wall_s = time.monotonic()
+        self._taken_s = 0.0
+        self.add_thread()
+
+    def add_thread(self) -> None:
+        """Measure the calling thread too."""
+        self._threads[threading.get_native_id()] = _used(threading.get_native_id())
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Count the time within as busy, also where it uses no core, such as a GPU's answer."""
+        start_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._taken_s += time.monotonic() - start_s
 
     def read(self) -> float:
-        """Return the share since the last call, 0 to 1."""
-        wall_s, busy_s = self._now()
-        last_wall_s, last_busy_s = self._last
-        if wall_s - last_wall_s < 0.01:
+        """Return the measure since the last call."""
+        wall_s = time.monotonic()
+        if wall_s - self._wall_s < 0.01:
             return 0.0
-        self._last = wall_s, busy_s
-        return min(1.0, max(0.0, (busy_s - last_busy_s) / (wall_s - last_wall_s)))
+        busy_s = waited_s = 0.0
+        for thread, (ran_before_s, waited_before_s) in list(self._threads.items()):
+            ran_s, now_waited_s = self._threads[thread] = _used(thread)
+            busy_s += max(0.0, ran_s - ran_before_s)
+            waited_s += max(0.0, now_waited_s - waited_before_s)
+        busy_s = max(busy_s, self._taken_s - waited_s)
+        result = min(float(len(self._threads)), busy_s / (wall_s - self._wall_s))
+        self._wall_s, self._taken_s = wall_s, 0.0
+        return result
 
-    def _now(self) -> tuple[float, float]:
-        try:
-            ran_ns = int(self._schedstat.read_text().split()[0])
-        except (OSError, ValueError):
-            # Not Linux, or a kernel that keeps no such record.
-            return time.monotonic(), time.process_time()
-        return time.monotonic(), ran_ns / 1e9
+
+def _used(thread: int) -> tuple[float, float]:
+    """Return the seconds for which a thread ran and for which it waited for a core."""
+    try:
+        ran_ns, waited_ns, *_ = Path(f"/proc/self/task/{thread}/schedstat").read_text().split()
+    except (OSError, ValueError):
+        # It has ended, or this is no Linux, or a kernel that keeps no such record.
+        return time.process_time() if thread == threading.get_native_id() else 0.0, 0.0
+    return int(ran_ns) / 1e9, int(waited_ns) / 1e9
 
 
 def by_busyness(contexts: Mapping[Any, Any]) -> tuple[dict[Any, int], dict[Any, Any]]:

@@ -58,7 +58,8 @@ class Version:
         self._calls += 1
         # Made here: this is the thread that does the work.
         self._meter = self._meter or BusyMeter()
-        return self._predictor.predict(images_NHWC)
+        with self._meter.taken():
+            return self._predictor.predict(images_NHWC)
 
 
 def build(args: dict[str, str]) -> Application:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,3 +110,20 @@ def test_the_meter_tells_work_from_rest() -> None:
     asyncio.run(asyncio.sleep(0.2))
     # A ratio: on a full machine the thread may get only a small part of a core.
     assert worked > 3 * meter.read()
+
+
+def test_the_meter_counts_the_threads_of_a_pool_too() -> None:
+    alone, both = BusyMeter(), BusyMeter()
+    with ThreadPoolExecutor(1, initializer=both.add_thread) as pool:
+        pool.submit(sum, range(3_000_000)).result()
+        # Of the same stretch of time, in which this thread waited.
+        assert both.read() > 3 * alone.read()
+
+
+def test_a_version_that_waits_for_its_device_is_busy() -> None:
+    meter = BusyMeter()
+    with meter.taken():
+        time.sleep(0.2)
+    waited = meter.read()
+    time.sleep(0.2)
+    assert waited > 10 * meter.read()
