@@ -72,7 +72,7 @@ class Endpoints:
                 probabilities_NK = await self._router.answer(version, images, call.trace)
         call.probabilities = probabilities_NK
         self._router.copy_to_shadows(
-            table, version, images, probabilities_NK, call.request_id, call.caller
+            version, images, probabilities_NK, call.request_id, call.caller
         )
         probabilities_K = probabilities_NK[0]
         digit = int(probabilities_K.argmax())
@@ -101,7 +101,7 @@ class Endpoints:
         probabilities_NK = await self._router.answer(version, images_NHWC, call.trace)
         call.probabilities = probabilities_NK
         self._router.copy_to_shadows(
-            table, version, images_NHWC, probabilities_NK, call.request_id, call.caller
+            version, images_NHWC, probabilities_NK, call.request_id, call.caller
         )
         body, header_length = oip.render_infer(
             version.card, request, probabilities_NK, call.request_id
@@ -126,8 +126,8 @@ class Endpoints:
         if model is not None and not isinstance(model, str):
             raise PayloadError(422, "`model` must be a model's name")
         table = self._router.table
-        name, traffic = table.model(model)
-        label = parse_feedback(content, table.versions[name, traffic.champion].card)
+        card = table.champion(model).card
+        name, label = card.name, parse_feedback(content, card)
         try:
             await self._labels.add(name, {**label, "caller": call.caller})
         except StorageError as error:
@@ -215,7 +215,7 @@ class Endpoints:
         if self._router.is_ready:
             return json_reply({"ready": True})
         table = self._router.table
-        down = [name for name in sorted(table.policy.models) if not table.answers(name)]
+        down = [name for name in sorted(table.policy.models) if not table.is_ready(name)]
         raise PayloadError(503, f"no version of {', '.join(down)} is up; run jobs.deploy")
 
     async def model(self, call: Call) -> Reply:
@@ -228,9 +228,11 @@ class Endpoints:
 
     async def model_ready(self, call: Call) -> Reply:
         """GET /v2/models/…/ready: the version answers, or some version where none is named."""
-        table = self._router.table
-        version = table.pick(call.params["model"], call.params.get("version"), "")
-        return json_reply({"name": version.card.name, "ready": True})
+        name, pin = call.params["model"], call.params.get("version")
+        if not self._router.table.is_ready(name, pin):
+            which = f"version {pin} of {name}" if pin else name
+            raise PayloadError(503, f"{which} has no replica that answers now")
+        return json_reply({"name": name, "ready": True})
 
     def _pinned(self, call: Call) -> Version:
         table = self._router.table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 
@@ -11,20 +12,26 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from lib.config import log_days, log_images_percent
 from lib.device import granted_device
 from lib.secrets import PRIVATE_DIR_VARIABLE
-from lib.serving.batcher import Predict
 from lib.serving.bundle import Card
-from lib.serving.channel import ChannelLost, Channels, channel_folder
+from lib.serving.channel import ChannelClosed, Channels, channel_folder
 from lib.serving.keys import Keys, authenticate, read_keys
-from lib.serving.plan import GATEWAY, VERSION_DEPLOYMENT, names, version_application
-from lib.serving.policy import acknowledge
+from lib.serving.plan import GATEWAY, VERSION_DEPLOYMENT, version_application
+from lib.serving.policy import acknowledge, current
 from lib.serving.predictor import load_predictor
 from lib.serving.record import Record
-from lib.serving.router import Images, Probabilities, Router, unless_gone, with_retries
+from lib.serving.router import (
+    Images,
+    Probabilities,
+    Replicas,
+    Router,
+    unless_gone,
+    with_retries,
+)
 from lib.serving.tracing import Tracing
 from lib.serving.traffic import COLOCATED
 from lib.storage import Storage
@@ -43,8 +50,11 @@ from serve_apps.scaling import BUSY, CALLS, BusyMeter
 POLICY_POLL_S = 0.3
 STATUS_POLL_S = 2.0
 """Between questions to Serve's controller which applications there are."""
+ACKNOWLEDGE_RETRY_S = 2.0
 REPORT_EVERY_S = 5.0
 CALL_DEADLINE_S = 30.0
+START_DEADLINE_S = 60.0
+"""For a gateway to load its first policy, before Serve starts another in its place."""
 MAX_INLINE_IMAGES = 64
 """A colocated batch up to this size is answered on the event loop: a thread would cost more."""
 
@@ -64,7 +74,7 @@ class Gateway(GrpcLane):
         self._retention = Retention(self._storage, log_days(os.environ))
         self._router = Router(
             self._storage,
-            self._make_predict,
+            self._make_replicas,
             deadline_s=CALL_DEADLINE_S,
             recorder=self._recorder,
         )
@@ -72,6 +82,10 @@ class Gateway(GrpcLane):
         self._channels: dict[str, Channels] = {}
         self._gone: dict[str, asyncio.Event] = {}
         """Application → set while it is gone."""
+        self._num_running: dict[str, int] = {}
+        """Application → its running replicas, on any node, as Serve said last."""
+        self._has_new_table = asyncio.Event()
+        self._acknowledging: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._meter: BusyMeter | None = None
 
@@ -108,8 +122,17 @@ class Gateway(GrpcLane):
         """Write what is not in the prediction log yet, when Serve stops this gateway."""
         self._recorder.close()
 
-    def check_health(self) -> None:
-        """Fail Serve's health check if the policy is no longer followed."""
+    async def check_health(self) -> None:
+        """Fail Serve's health check if the policy is no longer followed.
+
+        Serve sends a gateway no requests before its first check has passed, so that one waits until
+        the policy is loaded, if there is any.
+        """
+        async with asyncio.timeout(START_DEADLINE_S):
+            while not self._router.has_table:
+                if await asyncio.to_thread(current, self._storage) is None:
+                    break
+                await asyncio.sleep(POLICY_POLL_S)
         if any(task.done() for task in self._tasks):
             raise RuntimeError("a task that the gateway lives by has ended; see its log")
 
@@ -118,26 +141,43 @@ class Gateway(GrpcLane):
         return {BUSY: self._meter.read() if self._meter else 0.0, CALLS: self._app.in_flight}
 
     async def _follow_policy(self) -> None:
-        replica = serve.get_replica_context().replica_id.unique_id
         while True:
             try:
                 self._keys = await asyncio.to_thread(read_keys, self._storage)
                 for channels in list(self._channels.values()):
                     await channels.refresh()
                 if await self._router.refresh():
-                    generation = self._router.table.policy.generation
-                    await self._router.drained()
-                    self._forget_channels()
-                    await asyncio.to_thread(acknowledge, self._storage, replica, generation)
+                    self._has_new_table.set()
+                    # Not waited for here: what drains must not hold the next policy back.
+                    self._acknowledging = asyncio.create_task(
+                        self._acknowledge(self._acknowledging)
+                    )
             except Exception:
                 # The last policy stays in force, and the next round tries again.
                 _log.exception("the traffic policy could not be read")
             await asyncio.sleep(POLICY_POLL_S)
 
+    async def _acknowledge(self, before: asyncio.Task[None] | None) -> None:
+        """Say that this policy is in force and nothing is in flight by the ones before it."""
+        generation = self._router.table.policy.generation
+        if before:
+            await asyncio.wait({before})
+        await self._router.drained()
+        replica = serve.get_replica_context().replica_id.unique_id
+        while True:
+            try:
+                await asyncio.to_thread(acknowledge, self._storage, replica, generation)
+                return
+            except Exception:
+                _log.exception("policy generation %d can't be acknowledged yet", generation)
+                await asyncio.sleep(ACKNOWLEDGE_RETRY_S)
+
     async def _follow_applications(self) -> None:
         """Tell the router which versions' applications are gone, so that nobody waits for them."""
         while True:
-            await asyncio.sleep(STATUS_POLL_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._has_new_table.wait(), STATUS_POLL_S)
+            self._has_new_table.clear()
             if not self._router.has_table:
                 continue
             try:
@@ -153,6 +193,10 @@ class Gateway(GrpcLane):
                 if GATEWAY not in there:
                     # Serve lists nothing while its store is away.
                     continue
+                self._num_running = {
+                    name: _num_running(status.applications[name])
+                    for name in there.intersection(needed.values())
+                }
                 gone = {key for key, application in needed.items() if application not in there}
                 for key, application in needed.items():
                     event = self._gone.setdefault(application, asyncio.Event())
@@ -165,11 +209,6 @@ class Gateway(GrpcLane):
             except Exception:
                 # Requests are answered on; only a version that goes now is waited for.
                 _log.exception("Serve's applications could not be listed")
-
-    def _forget_channels(self) -> None:
-        """Close the channels to versions that have left the policy."""
-        for application in set(self._channels) - names(self._router.table.policy.models):
-            self._channels.pop(application).close()
 
     async def _keep_records(self) -> None:
         """Report counts, with one log line for many requests; delete what is too old."""
@@ -191,9 +230,9 @@ class Gateway(GrpcLane):
                 _log.exception("the counts for the console could not be written; they are kept")
             await asyncio.to_thread(self._retention.look)
 
-    async def _make_predict(self, card: Card, bundle: str, placement: str) -> Predict:
+    async def _make_replicas(self, card: Card, bundle: str, placement: str) -> Replicas:
         if placement == COLOCATED:
-            return await self._make_local_predict(card, bundle)
+            return await self._load_here(card, bundle)
         application = version_application(card.name, card.version)
         # Finding the application asks the controller and blocks, so not on the event loop.
         handle = await asyncio.to_thread(
@@ -206,19 +245,28 @@ class Gateway(GrpcLane):
         channels = Channels(folder, application, len(card.class_names))
         await channels.refresh()
         self._channels[application] = channels
-
         gone = self._gone.setdefault(application, asyncio.Event())
+
+        def num_ready() -> int:
+            return max(channels.num_open, self._num_running.get(application, 0))
+
+        def close() -> None:
+            channels.close()
+            if self._channels.get(application) is channels:
+                del self._channels[application]
 
         async def predict(images_NHWC: Images) -> Probabilities:
             channel = channels.pick()
-            if channel is not None:
+            # While all here are busy, Serve knows of those on other nodes.
+            if channel and (not channel.in_flight or num_ready() == channels.num_open):
                 return await channel.call(images_NHWC)
             return await unless_gone(gone, handle.predict.remote(images_NHWC))
 
-        retriable = (ChannelLost, RayActorError, BackPressureError, RequestCancelledError)
-        return with_retries(predict, retriable, deadline_s=CALL_DEADLINE_S)
+        busy = (ChannelClosed, BackPressureError, RequestCancelledError)
+        call = with_retries(predict, busy, (RayActorError,), deadline_s=CALL_DEADLINE_S)
+        return Replicas(call, num_ready, close)
 
-    async def _make_local_predict(self, card: Card, bundle: str) -> Predict:
+    async def _load_here(self, card: Card, bundle: str) -> Replicas:
         predictor = await asyncio.to_thread(
             load_predictor, self._storage, bundle, card, device=granted_device()
         )
@@ -228,7 +276,14 @@ class Gateway(GrpcLane):
                 return predictor.predict(images_NHWC)
             return await asyncio.to_thread(predictor.predict, images_NHWC)
 
-        return predict
+        return Replicas(predict)
+
+
+def _num_running(application: ApplicationStatusOverview) -> int:
+    """Return the number of a version's running replicas."""
+    if (deployment := application.deployments.get(VERSION_DEPLOYMENT)) is None:
+        return 0
+    return sum(n for state, n in deployment.replica_states.items() if state == "RUNNING")
 
 
 def build(args: dict[str, str]) -> Application:

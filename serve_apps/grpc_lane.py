@@ -77,8 +77,8 @@ class GrpcLane:
         """Whether a model, or one version of it, answers."""
 
         async def answer(call: _Call) -> Any:
-            self._router.table.pick(message.name, message.version or None, "")
-            return messages.ModelReadyResponse(ready=True)
+            is_ready = self._router.table.is_ready(message.name, message.version or None)
+            return messages.ModelReadyResponse(ready=is_ready)
 
         return await self._answered(message, grpc_context, answer, messages.ModelReadyResponse)
 
@@ -134,7 +134,7 @@ class GrpcLane:
         probabilities_NK = await self._router.answer(version, images_NHWC, call.trace)
         call.probabilities = probabilities_NK
         self._router.copy_to_shadows(
-            table, version, images_NHWC, probabilities_NK, call.request_id, call.caller
+            version, images_NHWC, probabilities_NK, call.request_id, call.caller
         )
         return oip_grpc.render_infer(version.card, probabilities_NK, call.request_id)
 

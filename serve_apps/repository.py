@@ -32,7 +32,7 @@ class Repository:
     def index(self, *, is_ready_only: bool) -> list[dict[str, str]]:
         """Return every version with its state."""
         table = self._router.table
-        states = {key: key not in table.gone for key in table.versions}
+        states = {(name, n): table.is_ready(name, str(n)) for name, n in table.listed()}
         return triton.repository_index(
             {key: is_up for key, is_up in states.items() if is_up or not is_ready_only}
         )
@@ -58,7 +58,7 @@ class Repository:
         record, last_ms = self._counts()
         return [
             triton.model_statistics(model, number, record, last_ms)
-            for model, number in sorted(table.versions)
+            for model, number in table.listed()
             if (not name or model == name) and (not version or str(number) == version)
         ]
 

@@ -71,9 +71,7 @@ class Watching:
 
     async def samples(self, call: Call) -> Reply:
         """GET /samples/{model}: test images of the champion's data set."""
-        table = self._router.table
-        name, traffic = table.model(call.params["model"])
-        digest = table.versions[name, traffic.champion].card.data_digest
+        digest = self._router.table.champion(call.params["model"]).card.data_digest
         return json_reply({"samples": await asyncio.to_thread(self._samples, digest)})
 
 

@@ -21,9 +21,8 @@ import uvicorn
 
 from lib.data.manifest import Manifest, Preprocess, Shard, manifest_path
 from lib.serving import policy
-from lib.serving.batcher import Predict
 from lib.serving.bundle import Card, write_bundle
-from lib.serving.router import Images, Probabilities, Router
+from lib.serving.router import Images, Probabilities, Replicas, Router
 from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
 from lib.watch.metrics import LATENCY_BUCKETS_S
@@ -49,14 +48,14 @@ def digits_card(version: int) -> Card:
     )
 
 
-async def make_predict(made_for: Card, bundle: str, placement: str) -> Predict:
+async def make_replicas(made_for: Card, bundle: str, placement: str) -> Replicas:
     """Digits: the nearest mean of MNIST's classes, later versions less sure. Others: brightness."""
     if made_for.class_names != DIGITS:
 
         async def by_first_pixel(images_NHWC: Images) -> Probabilities:
             return by_brightness(images_NHWC)
 
-        return by_first_pixel
+        return Replicas(by_first_pixel)
     images, labels = mnist("train")
     means_KP = np.stack([images[:6000][labels[:6000] == k].mean(axis=0).ravel() for k in range(10)])
     sharpness = 0.02 / made_for.version
@@ -68,7 +67,7 @@ async def make_predict(made_for: Card, bundle: str, placement: str) -> Predict:
         shares_NK: Probabilities = likely_NK / likely_NK.sum(axis=1, keepdims=True)
         return shares_NK.astype(np.float32)
 
-    return predict
+    return Replicas(predict)
 
 
 def publish_models(storage: Storage) -> None:
@@ -250,7 +249,7 @@ def served(storage: Storage) -> Iterator[Served]:
     line = Served(f"http://127.0.0.1:{listener.getsockname()[1]}")
 
     async def main() -> None:
-        router = Router(storage, make_predict)
+        router = Router(storage, make_replicas)
         await router.refresh()
         app = line.noting_labels(app_over(router, storage))
         config = uvicorn.Config(app, lifespan="off", log_level="warning")

@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from lib.errors import ServingError
 from lib.secrets import PRIVATE_DIR_VARIABLE, check_owner, make_private
+from lib.serving.batcher import ReplicaLost
 
 Images = npt.NDArray[np.uint8]
 Probabilities = npt.NDArray[np.float32]
@@ -48,8 +49,8 @@ _MAX_NAME = 48
 _log = logging.getLogger(__name__)
 
 
-class ChannelLost(Exception):
-    """The replica went away before it answered; another one can be asked."""
+class ChannelClosed(Exception):
+    """The replica went away before it got the call; another one can be asked."""
 
 
 def channel_folder(cluster_address: str, private_dir: str | None = None) -> Path:
@@ -196,10 +197,17 @@ async def serve_channel(
 class Channel(_Frames):
     """A gateway's connection to one replica. Calls are answered in their order."""
 
-    def __init__(self, num_classes: int, *, tells_cause: bool) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        tells_cause: bool,
+        forget: Callable[[Channel], None] = lambda channel: None,
+    ) -> None:
         super().__init__(4 * num_classes)
         self._num_classes = num_classes
         self._tells_cause = tells_cause
+        self._forget = forget
         self._waiting: deque[asyncio.Future[Probabilities]] = deque()
         self.is_open = True
 
@@ -209,9 +217,13 @@ class Channel(_Frames):
         return len(self._waiting)
 
     async def call(self, images_NHWC: Images) -> Probabilities:
-        """Return the probabilities of a batch; raise ChannelLost if the replica goes away."""
+        """Return the probabilities of a batch.
+
+        Raises ReplicaLost if the replica goes away meanwhile, ChannelClosed if it had gone before,
+        and ServingError if the version failed on this batch.
+        """
         if not self.is_open or self.transport is None:
-            raise ChannelLost
+            raise ChannelClosed
         future: asyncio.Future[Probabilities] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         self.transport.writelines(
@@ -241,12 +253,13 @@ class Channel(_Frames):
         future.set_result(values.reshape(count, self._num_classes))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Fail what is in flight."""
+        """Fail what is in flight, and be called no more."""
         self.is_open = False
+        self._forget(self)
         while self._waiting:
             future = self._waiting.popleft()
             if not future.done():
-                future.set_exception(ChannelLost())
+                future.set_exception(ReplicaLost("its replica ended in the middle of the call"))
 
 
 class Channels:
@@ -258,10 +271,16 @@ class Channels:
         self._num_classes = num_classes
         self._open: dict[str, Channel] = {}
 
+    @property
+    def num_open(self) -> int:
+        """How many replicas can be called."""
+        return len(self._open)
+
     def pick(self) -> Channel | None:
         """Return the channel with the fewest calls in flight, None if there is none."""
-        usable = [channel for channel in self._open.values() if channel.is_open]
-        return min(usable, key=lambda channel: channel.in_flight, default=None)
+        if len(self._open) < 2:
+            return next(iter(self._open.values()), None)
+        return min(self._open.values(), key=lambda channel: channel.in_flight)
 
     async def refresh(self) -> None:
         """Connect to the replicas that have come, forget those that have gone."""
@@ -269,9 +288,8 @@ class Channels:
         for name in set(self._open) - found:
             self._close(name)
         for name in found:
-            if name in self._open and self._open[name].is_open:
-                continue
-            await self._connect(name)
+            if name not in self._open:
+                await self._connect(name)
 
     def _sockets(self) -> set[str]:
         """Return the names of the sockets; none if another user could have put them there."""
@@ -303,21 +321,24 @@ class Channels:
             self._close(name)
 
     async def _connect(self, name: str) -> None:
+        def forget(channel: Channel) -> None:
+            if self._open.get(name) is channel:
+                del self._open[name]
+
+        def make() -> Channel:
+            return Channel(self._num_classes, tells_cause=name.endswith(_SUFFIX), forget=forget)
+
         path = self._folder / name
-        loop = asyncio.get_running_loop()
         try:
-            _, channel = await loop.create_unix_connection(
-                lambda: Channel(self._num_classes, tells_cause=name.endswith(_SUFFIX)), str(path)
-            )
+            _, channel = await asyncio.get_running_loop().create_unix_connection(make, str(path))
         except ConnectionRefusedError:
             # Its process is dead.
-            self._open.pop(name, None)
             with contextlib.suppress(OSError):
                 path.unlink()
         except OSError:
-            self._open.pop(name, None)
+            pass  # It has just gone, or is too busy; the next round tries again.
         else:
-            if channel.transport is not None:
+            if channel.transport is not None and channel.is_open:
                 self._open[name] = channel
 
     def _close(self, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from lib.watch.recorder import Recorder
 
 Images = npt.NDArray[np.uint8]
 Probabilities = npt.NDArray[np.float32]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -78,7 +81,8 @@ class Shadows:
         run: Callable[[Any, Images], Any],
     ) -> None:
         """Copy a request to a shadow `Version`; `run` gives its probabilities."""
-        count = self._counts.setdefault((shadow.card.name, shadow.card.version), Count())
+        key = (shadow.card.name, shadow.card.version)
+        count = self._counts.setdefault(key, Count())
 
         async def compare() -> None:
             start_s = time.perf_counter()
@@ -88,7 +92,9 @@ class Shadows:
             except QueueFull:
                 count.dropped += 1
                 return
-            except Exception:
+            except Exception as error:
+                if not count.failed:
+                    _log.warning("shadow %s/%d failed; counted from here on: %r", *key, error)
                 count.failed += 1
             self._recorder.add(
                 shadow.card,

@@ -10,10 +10,9 @@ from pathlib import Path
 from lib.config import Settings
 from lib.data.manifest import Preprocess
 from lib.serving import plan, policy
-from lib.serving.batcher import Predict
 from lib.serving.bundle import Card, write_bundle
 from lib.serving.channel import Channel, Channels
-from lib.serving.router import Router
+from lib.serving.router import Replicas, Router
 from lib.serving.traffic import ModelTraffic, Policy, choose
 from lib.storage import Storage
 from tests.bench.scale_cost import MS, US, Cost, seconds
@@ -94,11 +93,11 @@ def _traffic(storage: Storage, num: int) -> ModelTraffic:
     return ModelTraffic(weights={version: 1.0 for version in bundles}, bundles=bundles, champion=1)
 
 
-async def _predict(card: Card, bundle: str, placement: str) -> Predict:
+async def _predict(card: Card, bundle: str, placement: str) -> Replicas:
     async def predict(images_NHWC):  # type: ignore[no-untyped-def]
         raise NotImplementedError
 
-    return predict
+    return Replicas(predict)
 
 
 async def _first_table_s(storage: Storage) -> float:
@@ -125,7 +124,7 @@ def _replicas() -> Cost:
     values = []
     for num in REPLICAS:
         channels = Channels(Path("/nowhere"), _MODEL, 10)
-        channels._open = {str(n): Channel(10) for n in range(num)}
+        channels._open = {str(n): Channel(10, tells_cause=True) for n in range(num)}
         values.append(US * seconds(channels.pick, repeat=200))
     return Cost(what="choosing a replica", by="replicas of a version on a node", unit="µs",
                 sizes=REPLICAS, values=values, bound=200,

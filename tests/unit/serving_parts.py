@@ -12,10 +12,9 @@ from PIL import Image
 
 from lib.data.manifest import Preprocess
 from lib.serving import policy
-from lib.serving.batcher import Predict
 from lib.serving.bundle import Card, write_bundle
 from lib.serving.keys import authenticate, read_keys
-from lib.serving.router import Images, Probabilities, Router
+from lib.serving.router import Images, Probabilities, Replicas, Router
 from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
 from serve_apps import exposition
@@ -53,18 +52,18 @@ def by_brightness(images_NHWC: Images) -> Probabilities:
     return np.eye(3, dtype=np.float32)[first]
 
 
-async def make_predict(card: Card, bundle: str, placement: str) -> Predict:
+async def make_replicas(card: Card, bundle: str, placement: str) -> Replicas:
     async def predict(images_NHWC: Images) -> Probabilities:
         return by_brightness(images_NHWC)
 
-    return predict
+    return Replicas(predict)
 
 
-async def broken(card: Card, bundle: str, placement: str) -> Predict:
+async def broken(card: Card, bundle: str, placement: str) -> Replicas:
     async def predict(images_NHWC: Images) -> Probabilities:
         raise RuntimeError("the weights are on fire")
 
-    return predict
+    return Replicas(predict)
 
 
 def publish(storage: Storage, weights: dict[int, float]) -> None:
@@ -78,7 +77,7 @@ def publish(storage: Storage, weights: dict[int, float]) -> None:
 
 
 async def gateway(storage: Storage, **options: Any) -> App:
-    router = Router(storage, options.pop("make_predict", make_predict), **options)
+    router = Router(storage, options.pop("make_replicas", make_replicas), **options)
     await router.refresh()
     return app_over(router, storage)
 

@@ -17,7 +17,7 @@ from lib.storage import Storage
 from serve_apps.asgi import App
 from serve_apps.browsers import BrowserRules
 from serve_apps.endpoints import Endpoints, routes
-from tests.unit.serving_parts import make_predict, publish, request
+from tests.unit.serving_parts import make_replicas, publish, request
 
 RAW = {"content-type": "application/octet-stream", "Host": "127.0.0.1:8000"}
 IMAGE = bytes(24)
@@ -29,7 +29,7 @@ def run(tmp_path: Path, env: dict[str, str], scenario: Callable[[App], Awaitable
     async def main() -> None:
         storage = Storage(str(tmp_path))
         publish(storage, {1: 100})
-        router = Router(storage, make_predict)
+        router = Router(storage, make_replicas)
         await router.refresh()
         table = routes(Endpoints(router, storage))
         browsers = BrowserRules.from_env(env)

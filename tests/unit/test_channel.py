@@ -13,9 +13,9 @@ import pytest
 import uvloop
 
 from lib.errors import ServingError
+from lib.serving.batcher import ReplicaLost
 from lib.serving.channel import (
     Channel,
-    ChannelLost,
     Channels,
     ChannelServer,
     Images,
@@ -155,7 +155,7 @@ def test_a_replica_that_dies_fails_its_calls_at_once_and_leaves_no_socket(folder
             for each in server.servers:
                 await each.wait_closed()
             for call in calls:
-                with pytest.raises(ChannelLost):
+                with pytest.raises(ReplicaLost):
                     await call
             assert channels.pick() is None
             assert server.paths[0].exists()

@@ -17,10 +17,10 @@ import pytest
 
 from lib.errors import StorageError
 from lib.serving import payload
-from lib.serving.batcher import Predict, Unavailable
+from lib.serving.batcher import Unavailable
 from lib.serving.bundle import Card
 from lib.serving.feedback import PROBE_ID, new_request_id, second_of
-from lib.serving.router import Images, Probabilities, Router, unless_gone
+from lib.serving.router import Images, Probabilities, Replicas, Router, unless_gone
 from lib.storage import Storage
 from lib.watch.predictions import joined, num_answers, read, read_labels
 from lib.watch.recorder import Recorder
@@ -32,7 +32,7 @@ from tests.unit.serving_parts import (
     app_over,
     card,
     gateway,
-    make_predict,
+    make_replicas,
     picture,
     publish,
     request,
@@ -466,13 +466,13 @@ def test_answers_are_logged_one_row_for_each_image(tmp_path: Path) -> None:
 def test_what_a_version_failed_on_is_logged_with_its_status(
     tmp_path: Path, is_late: bool, status: int
 ) -> None:
-    async def bad(card: Card, bundle: str, placement: str) -> Predict:
+    async def bad(card: Card, bundle: str, placement: str) -> Replicas:
         async def predict(images_NHWC: Images) -> Probabilities:
             if is_late:
                 await asyncio.Event().wait()
             raise RuntimeError("broken")
 
-        return predict
+        return Replicas(predict)
 
     async def scenario(app: App) -> None:
         headers = {**RAW, "X-Model-Version": "2"}
@@ -482,7 +482,7 @@ def test_what_a_version_failed_on_is_logged_with_its_status(
         assert (row["predicted"], row["probabilities"]) == (-1, None)
         assert row["image"] == IMAGE
 
-    run(tmp_path, scenario, make_predict=bad, deadline_s=0.05)
+    run(tmp_path, scenario, make_replicas=bad, deadline_s=0.05)
 
 
 def test_infer_takes_batches_in_json_and_binary_and_answers_in_either(tmp_path: Path) -> None:
@@ -568,7 +568,7 @@ def test_a_version_whose_application_is_gone_is_not_ready_and_gets_no_request(
     async def scenario() -> None:
         storage = Storage(str(tmp_path))
         publish(storage, {1: 50, 2: 50})
-        router = Router(storage, make_predict)
+        router = Router(storage, make_replicas)
         await router.refresh()
         app = app_over(router, storage)
 
@@ -631,7 +631,7 @@ def test_triton_s_extensions_list_configure_and_count_what_is_served(tmp_path: P
     async def scenario() -> None:
         storage = Storage(str(tmp_path))
         publish(storage, {1: 90, 2: 10})
-        router = Router(storage, make_predict)
+        router = Router(storage, make_replicas)
         await router.refresh()
         router.set_gone({("shapes", 2)})
         app = app_over(router, storage)
@@ -685,12 +685,12 @@ def test_before_the_first_deploy_the_gateway_is_live_and_not_ready(tmp_path: Pat
 
 
 def test_a_version_that_does_not_answer_is_a_503_at_the_deadline(tmp_path: Path) -> None:
-    async def never(card: Card, bundle: str, placement: str) -> Predict:
+    async def never(card: Card, bundle: str, placement: str) -> Replicas:
         async def predict(images_NHWC: Images) -> Probabilities:
             await asyncio.Event().wait()
             raise AssertionError
 
-        return predict
+        return Replicas(predict)
 
     async def scenario(app: App) -> None:
         answer: Response = await request(app, "POST", "/predict", IMAGE, RAW)
@@ -698,15 +698,15 @@ def test_a_version_that_does_not_answer_is_a_503_at_the_deadline(tmp_path: Path)
         assert answer.headers["retry-after"] == "1"
         assert "no answer in time" in answer.json["error"]
 
-    run(tmp_path, scenario, make_predict=never, deadline_s=0.05)
+    run(tmp_path, scenario, make_replicas=never, deadline_s=0.05)
 
 
 def test_a_fault_of_the_server_is_a_500_that_tells_no_internals(tmp_path: Path) -> None:
-    async def broken(card: Card, bundle: str, placement: str) -> Predict:
+    async def broken(card: Card, bundle: str, placement: str) -> Replicas:
         async def predict(images_NHWC: Images) -> Probabilities:
             raise RuntimeError("secret path")
 
-        return predict
+        return Replicas(predict)
 
     async def scenario(app: App) -> None:
         answer = await request(app, "POST", "/predict", IMAGE, {**RAW, "x-request-id": "r1"})
@@ -714,14 +714,14 @@ def test_a_fault_of_the_server_is_a_500_that_tells_no_internals(tmp_path: Path) 
         assert answer.json["request_id"] == "r1"
         assert b"secret" not in answer.body
 
-    run(tmp_path, scenario, make_predict=broken)
+    run(tmp_path, scenario, make_replicas=broken)
 
 
 def test_a_new_policy_is_followed_and_what_it_left_is_drained(tmp_path: Path) -> None:
     async def scenario() -> None:
         storage = Storage(str(tmp_path))
         publish(storage, {1: 100, 2: 0})
-        router = Router(storage, make_predict)
+        router = Router(storage, make_replicas)
         assert await router.refresh()
         assert not await router.refresh()
         old = router.table.pick(None, "1", "")

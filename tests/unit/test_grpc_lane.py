@@ -21,7 +21,7 @@ from lib.watch.segments import MAX_US
 from serve_apps.asgi import App
 from serve_apps.grpc_lane import GrpcLane
 from serve_apps.repository import Repository
-from tests.unit.serving_parts import app_over, make_predict, publish
+from tests.unit.serving_parts import app_over, make_replicas, publish
 
 IMAGES = np.arange(2 * 24, dtype=np.uint8).reshape(2, 4, 6, 1)
 """First pixels 0 and 24: class 0 both, by the stand-in."""
@@ -59,7 +59,7 @@ def run(tmp_path: Path, scenario: Callable[[Lane], Awaitable[None]]) -> None:
     async def main() -> None:
         storage = Storage(str(tmp_path))
         publish(storage, {1: 90, 2: 10})
-        router = Router(storage, make_predict)
+        router = Router(storage, make_replicas)
         await router.refresh()
         await scenario(Lane(router, app_over(router, storage)))
 

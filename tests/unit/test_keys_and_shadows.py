@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ import pytest
 
 from lib.errors import ServingError
 from lib.serving import policy
-from lib.serving.batcher import Predict
 from lib.serving.bundle import Card, write_bundle
 from lib.serving.feedback import PROBE_ID
 from lib.serving.keys import (
@@ -27,7 +27,7 @@ from lib.serving.keys import (
     remove_key,
 )
 from lib.serving.payload import PayloadError
-from lib.serving.router import Images, Probabilities, Router
+from lib.serving.router import Images, Probabilities, Replicas, Router
 from lib.serving.traffic import COLOCATED, ISOLATED, ModelTraffic
 from lib.storage import Storage
 from lib.watch.predictions import read
@@ -38,7 +38,7 @@ from tests.unit.serving_parts import (
     by_brightness,
     card,
     gateway,
-    make_predict,
+    make_replicas,
     publish,
     request,
 )
@@ -155,12 +155,12 @@ def test_beyond_the_bound_requests_are_refused_at_once_and_the_others_answered(
 ) -> None:
     gate = asyncio.Event()
 
-    async def slow(card: Card, bundle: str, placement: str) -> Predict:
+    async def slow(card: Card, bundle: str, placement: str) -> Replicas:
         async def predict(images_NHWC: Images) -> Probabilities:
             await gate.wait()
             return by_brightness(images_NHWC)
 
-        return predict
+        return Replicas(predict)
 
     async def scenario() -> None:
         storage = Storage(str(tmp_path))
@@ -200,12 +200,12 @@ async def ask(router: Router, storage: Storage, count: int) -> None:
 
 
 def test_a_shadow_gets_copies_that_are_compared_and_kept(tmp_path: Path) -> None:
-    async def differing(card: Card, bundle: str, placement: str) -> Predict:
+    async def differing(card: Card, bundle: str, placement: str) -> Replicas:
         async def predict(images_NHWC: Images) -> Probabilities:
             # The shadow says class 0 to everything: right for one of three.
             return by_brightness(images_NHWC if card.version == 1 else np.zeros_like(images_NHWC))
 
-        return predict
+        return Replicas(predict)
 
     async def scenario() -> None:
         storage = Storage(str(tmp_path))
@@ -232,7 +232,7 @@ def test_a_shadow_gets_copies_that_are_compared_and_kept(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("is_slow", [True, False])
 def test_a_shadow_that_hangs_or_fails_reaches_no_caller(tmp_path: Path, is_slow: bool) -> None:
-    async def bad_shadow(card: Card, bundle: str, placement: str) -> Predict:
+    async def bad_shadow(card: Card, bundle: str, placement: str) -> Replicas:
         async def predict(images_NHWC: Images) -> Probabilities:
             if card.version == 2 and is_slow:
                 await asyncio.Event().wait()
@@ -240,7 +240,7 @@ def test_a_shadow_that_hangs_or_fails_reaches_no_caller(tmp_path: Path, is_slow:
                 raise RuntimeError("broken")
             return by_brightness(images_NHWC)
 
-        return predict
+        return Replicas(predict)
 
     async def scenario() -> None:
         storage = Storage(str(tmp_path))
@@ -262,11 +262,54 @@ def test_a_shadow_that_hangs_or_fails_reaches_no_caller(tmp_path: Path, is_slow:
     asyncio.run(scenario())
 
 
+def test_a_shadow_that_leaves_gets_no_more_copies_and_what_waits_for_it_is_dropped(
+    tmp_path: Path,
+) -> None:
+    gates = {1: asyncio.Event(), 2: asyncio.Event()}
+
+    async def gated(card: Card, bundle: str, placement: str) -> Replicas:
+        async def predict(images_NHWC: Images) -> Probabilities:
+            await gates[card.version].wait()
+            return by_brightness(images_NHWC)
+
+        return Replicas(predict)
+
+    async def scenario() -> None:
+        storage = Storage(str(tmp_path))
+        shadowed(storage)
+        router = Router(storage, gated)
+        await router.refresh()
+        gates[1].set()
+        # One copy is in flight, the others wait for it.
+        await ask(router, storage, 5)
+        gates[1].clear()
+        late = asyncio.create_task(ask(router, storage, 1))
+        await asyncio.sleep(0.01)
+        base = policy.current(storage)
+        assert base
+        alone = replace(
+            base.models["shapes"], shadows={}, bundles={1: base.models["shapes"].bundles[1]}
+        )
+        policy.commit(
+            storage, base, {"shapes": alone}, default_model="shapes", who="test", why="test"
+        )
+        assert await router.refresh()
+        gates[1].set()
+        await late
+        gates[2].set()
+        await asyncio.wait_for(router.drained(), 20)
+        await asyncio.sleep(0)
+        count = router.shadows.counts()["shapes/2"]
+        assert count == {"compared": 1, "agreed": 1, "dropped": 4, "failed": 0}
+
+    asyncio.run(scenario())
+
+
 def test_a_shadow_gets_its_share_and_never_runs_inside_a_gateway(tmp_path: Path) -> None:
     async def scenario() -> None:
         storage = Storage(str(tmp_path))
         shadowed(storage, placement=COLOCATED, percent=25)
-        router = Router(storage, make_predict)
+        router = Router(storage, make_replicas)
         await router.refresh()
         placements = {number: v.placement for (_, number), v in router.table.versions.items()}
         assert placements == {1: COLOCATED, 2: ISOLATED}

@@ -9,15 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lib.serving import keys
+from lib.serving.bundle import Card
 from lib.serving.client import wait_until
-from lib.serving.router import Router
+from lib.serving.router import Images, Probabilities, Replicas, Router
 from lib.storage import Storage
 from serve_apps.asgi import App
 from serve_apps.logs import ProcessLog
-from tests.unit.serving_parts import app_over, broken, gateway, make_predict, publish, request
+from tests.unit.serving_parts import app_over, broken, gateway, make_replicas, publish, request
 
 RAW = {"content-type": "application/octet-stream"}
 IMAGE = bytes(24)
@@ -49,7 +51,7 @@ def test_the_cause_of_a_500_is_in_the_log_under_the_id_that_its_caller_got(
     publish(storage, {1: 1.0})
 
     async def scenario() -> None:
-        app = await gateway(storage, make_predict=broken)
+        app = await gateway(storage, make_replicas=broken)
         answer = await request(app, "POST", "/predict", IMAGE, RAW)
         assert answer.status == 500
         found = answer.json["request_id"]
@@ -62,6 +64,32 @@ def test_the_cause_of_a_500_is_in_the_log_under_the_id_that_its_caller_got(
         assert line["status"] == 500
 
     asyncio.run(scenario())
+
+
+def test_an_answer_that_is_no_number_is_a_500_of_its_version_which_the_log_names(
+    tmp_path: Path, log: ProcessLog
+) -> None:
+    async def not_a_number(card: Card, bundle: str, placement: str) -> Replicas:
+        async def predict(images_NHWC: Images) -> Probabilities:
+            return np.full((len(images_NHWC), 3), np.nan, np.float32)
+
+        return Replicas(predict)
+
+    storage = Storage(str(tmp_path / "storage"))
+    publish(storage, {1: 1.0})
+
+    async def scenario() -> None:
+        app = await gateway(storage, make_replicas=not_a_number)
+        answer = await request(app, "POST", "/predict", IMAGE, {**RAW, "x-request-id": "nan"})
+        assert (answer.status, b"null" in answer.body) == (500, False)
+        assert app.record.requests == {("shapes", "1", "anyone", 500): 1}
+
+    asyncio.run(scenario())
+    log.close()
+    (line,) = of_request(log, "nan")
+    assert line["error"] == (
+        "ServingError: version 1 of shapes: the version answered NaN or infinity"
+    )
 
 
 def test_the_cause_of_a_503_is_in_the_log_and_a_client_s_error_is_not(
@@ -85,7 +113,7 @@ def test_the_access_log_is_off_until_it_is_asked_for(tmp_path: Path, log: Proces
     publish(storage, {1: 1.0})
 
     async def scenario() -> None:
-        router = Router(storage, make_predict)
+        router = Router(storage, make_replicas)
         await router.refresh()
         for app, name in (
             (app_over(router, storage), "unseen"),

@@ -20,7 +20,7 @@ from lib.serving.router import Router
 from lib.serving.tracing import ENDPOINT_VARIABLES, Tracing
 from lib.storage import Storage
 from lib.watch.predictions import read
-from tests.unit.serving_parts import app_over, broken, make_predict, publish, request
+from tests.unit.serving_parts import app_over, broken, make_replicas, publish, request
 
 RAW = {"content-type": "application/octet-stream"}
 IMAGE = bytes(24)
@@ -69,7 +69,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
     server.server_close()
 
 
-async def router_over(storage: Storage, make: Any = make_predict) -> Router:
+async def router_over(storage: Storage, make: Any = make_replicas) -> Router:
     publish(storage, {1: 1.0})
     router = Router(storage, make)
     await router.refresh()
