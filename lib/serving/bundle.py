@@ -9,7 +9,8 @@ import functools
 import hashlib
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -130,20 +131,25 @@ def read_card(storage: Storage, path: str) -> Card:
         ) from error
 
 
-def local_model_file(storage: Storage, path: str, file_name: str, sha256: str | None) -> Path:
-    """Return a bundle's model file on a local disk, fetched there first if storage is remote.
+@contextmanager
+def local_model_file(
+    storage: Storage, path: str, file_name: str, sha256: str | None
+) -> Iterator[Path]:
+    """Yield a bundle's model file on a local disk; a copy of a remote one is there only meanwhile.
 
     Raises StorageError if the file is missing, or is not the one with this digest. Without a
     digest that is not looked at, which is said once.
     """
     if sha256 is None:
         _name_unchecked(path)
+    content = check_model_file(storage, path, file_name, sha256)
     if storage.is_local:
-        check_model_file(storage, path, file_name, sha256)
-        return Path(storage.path(f"{path}/{file_name}"))
-    target = Path(tempfile.mkdtemp(prefix="rayline-bundle-")) / file_name
-    target.write_bytes(check_model_file(storage, path, file_name, sha256))
-    return target
+        yield Path(storage.path(f"{path}/{file_name}"))
+        return
+    with tempfile.TemporaryDirectory(prefix="rayline-bundle-") as folder:
+        copied = Path(folder) / file_name
+        copied.write_bytes(content)
+        yield copied
 
 
 def check_model_file(storage: Storage, path: str, file_name: str, sha256: str | None) -> pa.Buffer:

@@ -85,11 +85,11 @@ def load_predictor(
     """
     predictor: Predictor
     if card.runtime == "onnxruntime":
-        file = local_model_file(storage, path, ONNX_FILE, card.onnx_sha256)
-        predictor = OnnxPredictor(file, num_threads=num_threads)
+        with local_model_file(storage, path, ONNX_FILE, card.onnx_sha256) as file:
+            predictor = OnnxPredictor(file, num_threads=num_threads)
     elif card.runtime == "torch":
-        file = local_model_file(storage, path, PT2_FILE, card.pt2_sha256)
-        predictor = TorchPredictor(file, num_threads=num_threads, device=device)
+        with local_model_file(storage, path, PT2_FILE, card.pt2_sha256) as file:
+            predictor = TorchPredictor(file, num_threads=num_threads, device=device)
     else:
         raise ServingError(f"{path}: unknown runtime {card.runtime!r}")
     noise = np.random.default_rng(0).integers(0, 256, card.shape, np.uint8)

@@ -49,7 +49,8 @@ def test_a_bundle_from_before_digests_loads_and_says_so_once(
     storage.write_json(f"{bundle}/card.json", {**old, "of a later Rayline": 1})
     for _ in range(2):
         read = read_card(storage, bundle)
-        assert local_model_file(storage, bundle, "model.onnx", read.onnx_sha256).exists()
+        with local_model_file(storage, bundle, "model.onnx", read.onnx_sha256) as file:
+            assert file.exists()
     assert capsys.readouterr().out.count("before digests were kept") == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from lib.errors import ServingError
-from lib.serving.bundle import write_bundle
+from lib.serving.bundle import read_card, write_bundle
 from lib.serving.predictor import load_predictor
 from lib.storage import Storage
 from tests.unit.serving_parts import card
@@ -53,7 +54,30 @@ def test_a_model_that_answers_no_numbers_is_not_loaded(
     bundle = write_bundle(storage, card(), model(offset=offset, sign=sign), b"")
     if not is_fine:
         with pytest.raises(ServingError, match="NaN or infinity"):
-            load_predictor(storage, bundle, card())
+            load_predictor(storage, bundle, read_card(storage, bundle))
         return
-    answers = load_predictor(storage, bundle, card()).predict(np.full((2, 4, 6, 1), 3, np.uint8))
+    answers = load_predictor(storage, bundle, read_card(storage, bundle)).predict(
+        np.full((2, 4, 6, 1), 3, np.uint8)
+    )
     np.testing.assert_allclose(answers, 2.0)
+
+
+@pytest.mark.parametrize("is_fine", [True, False])
+def test_a_model_of_remote_storage_leaves_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_fine: bool
+) -> None:
+    storage = Storage(str(tmp_path / "storage"))
+    bundle = write_bundle(storage, card(), model(offset=1, sign=1) if is_fine else b"?", b"")
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(Storage, "is_local", property(lambda self: False))
+    if is_fine:
+        answers = load_predictor(storage, bundle, read_card(storage, bundle)).predict(
+            np.zeros((2, 4, 6, 1), np.uint8)
+        )
+        np.testing.assert_allclose(answers, 1.0)
+    else:
+        with pytest.raises(Exception, match="Protobuf parsing failed"):
+            load_predictor(storage, bundle, read_card(storage, bundle))
+    assert not list(folder.iterdir())
