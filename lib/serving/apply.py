@@ -195,18 +195,27 @@ def _reason(details: Mapping[str, Any], name: str) -> str:
 
 def _wait_followed(storage: Storage, client: ServeClient, wanted: Policy) -> None:
     def followed() -> bool:
-        deployments = client.details()["applications"][plan.GATEWAY]["deployments"]
-        running = [
-            replica["replica_id"]
-            for deployment in deployments.values()
-            for replica in deployment["replicas"]
-            if replica["state"] == "RUNNING"
-        ]
+        states = _gateways(client)
+        running = [replica for replica, state in states.items() if state == "RUNNING"]
         return bool(running) and all(
             policy.acknowledged(storage, replica) >= wanted.generation for replica in running
         )
 
     wait_until(followed, deadline_s=FOLLOW_DEADLINE_S, what="the gateways' change of policy")
+    # In this order: one that comes up meanwhile is not taken for one that is gone.
+    known = policy.acknowledging(storage)
+    for gateway in known - _gateways(client).keys():
+        policy.forget(storage, gateway)
+
+
+def _gateways(client: ServeClient) -> dict[str, str]:
+    """Return the state of each replica of the gateway by its id."""
+    deployments = client.details()["applications"][plan.GATEWAY]["deployments"]
+    return {
+        replica["replica_id"]: replica["state"]
+        for deployment in deployments.values()
+        for replica in deployment["replicas"]
+    }
 
 
 def _take_away(settings: Settings, client: ServeClient, models: Mapping[str, ModelTraffic]) -> bool:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from lib.errors import ServingError
+from lib.errors import MissingError, ServingError
 from lib.serving.payload import PayloadError
 from lib.storage import Storage
 
@@ -52,9 +52,11 @@ class Keys:
 
 def read_keys(storage: Storage) -> Keys | None:
     """Return the keys, or None if no keys are asked for."""
-    if not storage.exists(KEYS_FILE):
+    try:
+        # Without asking first whether it is there: gateways read it several times a second.
+        content = storage.read_json(KEYS_FILE)
+    except MissingError:
         return None
-    content = storage.read_json(KEYS_FILE)
     hashes = {name: bytes.fromhex(key["sha256"]) for name, key in content["keys"].items()}
     return Keys({**hashes, INTERNAL: hashlib.sha256(content["internal"].encode()).digest()})
 

@@ -88,6 +88,17 @@ def acknowledge(storage: Storage, gateway: str, generation: int) -> None:
     storage.write_json(f"gateways/{gateway}.json", {"generation": generation})
 
 
+def acknowledging(storage: Storage) -> set[str]:
+    """Return the gateways that have acknowledged a generation, also those that are gone."""
+    names = (path.removeprefix("gateways/") for path in storage.list("gateways"))
+    return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+
+
+def forget(storage: Storage, gateway: str) -> None:
+    """Delete what a gateway that is gone has acknowledged."""
+    storage.delete(f"gateways/{gateway}.json")
+
+
 def acknowledged(storage: Storage, gateway: str) -> int:
     """Return the generation that a gateway acknowledged last, 0 before the first."""
     path = f"gateways/{gateway}.json"

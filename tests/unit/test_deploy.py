@@ -34,12 +34,14 @@ class Serve:
         self.apps: dict[str, dict[str, Any]] = {}
         self.by_serve_run: dict[str, dict[str, Any]] = {}
         self.broken: set[str] = set()
+        self.gateways = {"g1": "RUNNING"}
         self.meanwhile: Callable[[], None] = lambda: None
 
     def details(self) -> dict[str, Any]:
         newest = policy.current(self.storage)
         policy.acknowledge(self.storage, "g1", newest.generation if newest else 0)
-        gateway = {"Gateway": {"replicas": [{"replica_id": "g1", "state": "RUNNING"}]}}
+        replicas = [{"replica_id": name, "state": s} for name, s in self.gateways.items()]
+        gateway = {"Gateway": {"replicas": replicas}}
         found = {
             name: {
                 "status": "DEPLOY_FAILED" if name in self.broken else "RUNNING",
@@ -141,6 +143,14 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Line:
     assert set(made.serve.apps) == {"gateway", "shapes-v1", "shapes-v2"}
     assert made.traffic().weights == {1: 90, 2: 10}
     return made
+
+
+def test_what_gateways_acknowledged_is_forgotten_once_they_are_gone(line: Line) -> None:
+    policy.acknowledge(line.storage, "gone", 1)
+    policy.acknowledge(line.storage, "starting", 1)
+    line.serve.gateways["starting"] = "STARTING"
+    line.promote(2)
+    assert policy.acknowledging(line.storage) == {"g1", "starting"}
 
 
 def test_only_this_line_s_applications_are_touched(line: Line) -> None:
