@@ -7,6 +7,7 @@ python -m tests.bench backpressure --seconds 10
 python -m tests.bench large --rows 7000000
 python -m tests.bench watching --rounds 10 --seconds 6
 python -m tests.bench scale
+python -m tests.bench replicas --rounds 3 --seconds 5
 python -m tests.bench full --rounds 3
 """
 
@@ -27,7 +28,16 @@ from typing import Any
 
 PARTS = ("ingest", "training", "search", "serving")
 """What is measured if nothing is named."""
-LONG_PARTS = ("soak", "autoscaling", "backpressure", "watching", "large", "scale", "full")
+LONG_PARTS = (
+    "soak",
+    "autoscaling",
+    "backpressure",
+    "watching",
+    "large",
+    "scale",
+    "replicas",
+    "full",
+)
 _ROOT = Path(__file__).parents[2]
 
 
@@ -135,6 +145,7 @@ def _minutes(chosen: list[str], options: Any) -> float:
         "large": 60 + options.rows / 15_000,
         "watching": 150 + options.rounds * 6 * (options.seconds + 5),
         "scale": 60,
+        "replicas": options.rounds * (15 + 6 * (options.seconds + 1)),
         "full": 60 + options.rounds * 1800,
         "serving": 150 + options.rounds * 24 * (options.seconds + 2),
     }
