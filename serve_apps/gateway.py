@@ -53,7 +53,7 @@ STATUS_POLL_S = 2.0
 ACKNOWLEDGE_RETRY_S = 2.0
 REPORT_EVERY_S = 5.0
 CALL_DEADLINE_S = 30.0
-START_DEADLINE_S = 60.0
+START_DEADLINE_S = 120.0
 """For a gateway to load its first policy, before Serve starts another in its place."""
 MAX_INLINE_IMAGES = 64
 """A colocated batch up to this size is answered on the event loop: a thread would cost more."""

@@ -88,8 +88,8 @@ def _shorten(client: ServeClient, folder: Path) -> None:
             options = deployment["autoscaling_config"]
             options["downscale_delay_s"] = 10
             options["downscale_to_zero_delay_s"] = 15
-            if name == GATEWAY:
-                options["min_replicas"] = 1
+            # Versions as if they got nothing but pinned requests: only those go to zero.
+            options["min_replicas"] = int(name == GATEWAY)
     client.apply(serve_config(settings_of(folder), list(live.values())))
 
 
