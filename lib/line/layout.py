@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from lib.config import MAX_BODY_BYTES, MLFLOW_SECRETS, STORAGE_SECRETS, is_loopback
 from lib.errors import ConfigError, LineError
-from lib.line.ports import RANGE_SIZE, read_ports, variable
+from lib.line.ports import RANGE_SIZE, read_ports
 from lib.line.processes import LINE_VARIABLE, PART_VARIABLE
 from lib.secrets import PRIVATE_DIR_VARIABLE, make_private, refuse_password
 from lib.watch.dashboards import embedding
@@ -367,10 +367,6 @@ class Line:
         exports.append(f'case ":$PATH:" in *:{path}:*) ;; *) export PATH={path}:"$PATH" ;; esac\n')
         header = "# Written by `make up`; read it into a shell with:  . .rayline/env\n"
         _write(self.home / "env", header + "".join(exports))
-
-    def port_variables(self) -> dict[str, str]:
-        """Return the ports as the variables that set them."""
-        return {variable(name): str(port) for name, port in self.ports.items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

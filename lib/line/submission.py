@@ -209,7 +209,8 @@ def _check_size(root: Path) -> None:
 
 def _size(path: Path, *, up_to: int) -> int:
     """Return the size of a file or folder; of a larger one, some size over the limit."""
-    if path.is_symlink() or not path.is_dir():
+    # Ray follows a link to a folder, and packs what is in it.
+    if not path.is_dir():
         return path.lstat().st_size
     total = 0
     for folder, _, names in os.walk(path):

@@ -46,11 +46,13 @@ def test_what_is_large_beside_the_code_stays_and_is_named(
     for path in (project / "set [1]" / "x.bin", project / "dump.npy"):
         path.touch()
         os.truncate(path, 11 * 2**20)
+    (project / "linked").symlink_to(project / "set [1]")
     excludes = submission._large_beside_code(project)
     assert sent(project, excludes) == {"lib/x.py", "jobs/y.py", "notes.txt", "photos 2024/a.png"}
     told = capsys.readouterr().out
     assert "set [1] is not sent along" in told
     assert "dump.npy is not sent along" in told
+    assert "linked is not sent along" in told
     assert "photos" not in told
 
 
