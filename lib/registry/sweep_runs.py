@@ -87,15 +87,15 @@ def reopen_sweep(settings: Settings, sweep_run_id: str) -> SweepRun:
         run = client.get_run(sweep_run_id)
         ensure_experiment(client, client.get_experiment(run.info.experiment_id).name)
         client.update_run(sweep_run_id, status="RUNNING")
+    # The runs that are still to be opened are of the code that runs now, and of it alone.
+    of_sweep = ("rayline.kind", "rayline.record_complete")
     common = {
         name: value
         for name, value in run.data.tags.items()
-        if (name.startswith("rayline.") and name not in ("rayline.kind", "rayline.record_complete"))
-        or name.startswith("mlflow.source.")
-        or name == "mlflow.user"
-    }
-    # The runs that are still to be opened are of the code that runs now.
-    common |= _common_tags(None)
+        if name.startswith("rayline.")
+        and not name.startswith("rayline.git_")
+        and name not in of_sweep
+    } | _common_tags(None)
     return SweepRun(
         run_id=sweep_run_id,
         experiment_id=run.info.experiment_id,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lib.errors import RefusedError, RegistryError
+from lib.provenance import Provenance
 from lib.registry import claims, publish, removal
 from lib.registry.claims import claimed
 from lib.registry.garbage import collect
@@ -257,6 +258,19 @@ def test_a_deleted_experiment_is_restored_with_a_line_of_output(
     assert ensure_experiment(registry.client, "another") == ensure_experiment(
         registry.client, "another"
     )
+
+
+def test_a_resumed_sweep_carries_no_code_of_before(registry: Registry) -> None:
+    before = {"rayline.git_commit": "0" * 40, "rayline.git_diff_sha256": "1" * 64}
+    for name, value in {**before, "rayline.seed": "7"}.items():
+        registry.client.set_tag(registry.sweep, name, value)
+    clean = Provenance(commit="2" * 40, dirty=False)
+    registry.patch.setenv("RAYLINE_PROVENANCE", clean.encode())
+    tags = reopen_sweep(registry.settings, registry.sweep).tags
+    assert tags["rayline.git_commit"] == tags["mlflow.source.git.commit"] == "2" * 40
+    assert tags["rayline.git_dirty"] == "false"
+    assert "rayline.git_diff_sha256" not in tags
+    assert (tags["rayline.seed"], tags["rayline.data_digest"]) == ("7", DIGEST)
 
 
 def test_leftovers_go_when_they_are_old(registry: Registry) -> None:
