@@ -274,7 +274,12 @@ def _write_prometheus_config(line: Line) -> None:
             {
                 "job_name": "ray",
                 "file_sd_configs": [
-                    {"files": [f"{line.ray_temp_dir}/prom_metrics_service_discovery.json"]}
+                    {
+                        "files": [f"{line.ray_temp_dir}/prom_metrics_service_discovery.json"],
+                        # Prometheus watches only a folder that is there, and Ray may make it later;
+                        # without this it looks again after five minutes.
+                        "refresh_interval": "10s",
+                    }
                 ],
             },
             {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 
 from lib.line.layout import PROJECT_ROOT, Line
 from lib.line.processes import find
+from lib.secrets import UMASK
 from tests.lines import line_env
 
 MNIST = PROJECT_ROOT / "lib" / "data" / "mnist"
@@ -95,6 +97,8 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveLine]:
     root = tmp_path_factory.mktemp("e2e")
     env = line_env(root / "home")
     data = write_subset(root / "subset")
+    # What tests write into the line's storage is as private as what its jobs write.
+    umask = os.umask(UMASK)
     state = Line.from_env(env)
     try:
         up = subprocess.run(
@@ -136,6 +140,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveLine]:
             assert shared.returncode == 0, shared.stdout + shared.stderr
         yield live
     finally:
+        os.umask(umask)
         down = subprocess.run(
             [sys.executable, "-m", "jobs.down"],
             cwd=PROJECT_ROOT,

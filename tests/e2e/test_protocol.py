@@ -55,9 +55,9 @@ def test_health_and_metadata(client: Any, line: LiveLine) -> None:
     assert client.is_model_ready("digits", version)
     assert client.get_model_config("digits")["input"][0]["data_type"] == "TYPE_UINT8"
     index = client.get_model_repository_index()
-    assert {(model["name"], model["version"]) for model in index} == {
-        ("digits", each) for each in metadata["versions"]
-    }
+    # Another test may have brought up a second model.
+    listed = {each["version"] for each in index if each["name"] == "digits"}
+    assert listed == set(metadata["versions"])
     # Of whichever gateway answers.
     (counted,) = client.get_inference_statistics("digits", version)["model_stats"]
     assert (counted["name"], counted["version"]) == ("digits", version)
