@@ -138,6 +138,15 @@ def request_id_of(given: str | None) -> str:
     return given if given and REQUEST_ID.fullmatch(given) else new_request_id()
 
 
+def own_request_id(request_id: str, caller: str) -> str:
+    """Return a request's id, or a new one for that of the line's own requests if it is no such.
+
+    Requests of that id are not logged, which only the line itself may ask for.
+    """
+    is_taken = request_id == PROBE_ID and caller not in (INTERNAL, ANYONE)
+    return new_request_id() if is_taken else request_id
+
+
 def anyone(headers: Mapping[bytes, bytes]) -> str:
     """Let everybody in."""
     return ANYONE
@@ -278,9 +287,7 @@ class App:
             if route.scope is not None:
                 self._browsers.check(scope["method"], headers)
                 caller = self._authenticate(headers)
-                if request_id == PROBE_ID and caller not in (INTERNAL, ANYONE):
-                    # Requests of this id are not logged, which only the line itself may ask for.
-                    request_id = new_request_id()
+                request_id = own_request_id(request_id, caller)
                 self._check_room(1)
             body: bytes = b""
             if route.method == "POST":

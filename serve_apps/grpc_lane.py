@@ -14,13 +14,12 @@ from tritonclient.grpc import service_pb2 as messages
 
 from lib.serving import oip, oip_grpc
 from lib.serving.bundle import Card
-from lib.serving.feedback import PROBE_ID, REQUEST_ID, new_request_id
-from lib.serving.keys import ANYONE, INTERNAL
+from lib.serving.feedback import REQUEST_ID
 from lib.serving.payload import PayloadError
 from lib.serving.router import Router, Version
 from lib.serving.tracing import HEADER, Trace
 from serve_apps import logs
-from serve_apps.asgi import UNKNOWN, App, request_id_of
+from serve_apps.asgi import UNKNOWN, App, own_request_id, request_id_of
 from serve_apps.repository import Repository
 
 _CODES = {
@@ -167,14 +166,13 @@ class GrpcLane:
                 call.trailing.clear()
                 raise PayloadError(400, "`id`: at most 128 letters, digits, `.`, `_`, `-`")
             call.caller = self._app.admit(headers)
-            if request_id == PROBE_ID and call.caller not in (INTERNAL, ANYONE):
-                call.request_id = new_request_id()
-                call.trailing[:] = [("x-request-id", call.request_id)]
+            call.request_id = own_request_id(request_id, call.caller)
+            call.trailing[:] = [("x-request-id", call.request_id)]
             answered = await answer(call)
         except PayloadError as error:
             status, answered = error.status, empty()
             # Not raised: Serve would write a traceback for every malformed request.
-            context.set_code(_CODES[status])
+            context.set_code(_CODES.get(status, grpc.StatusCode.UNKNOWN))
             context.set_details(error.message)
             if status >= 500:
                 logs.failed(call.request_id, status, error)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
 import random
 import time
@@ -29,7 +30,8 @@ ACCESS_LOG_VARIABLE = "RAYLINE_ACCESS_LOG"
 MAX_FILE_BYTES = 8 * 2**20
 """A larger file is put aside as `….jsonl.1`; one of these is kept for each process."""
 MAX_FILES = 64
-"""In the folder; the oldest, of processes that have ended, are deleted when one starts."""
+"""In the folder; the oldest are deleted when a process starts. A living process that loses its file
+so begins a new one."""
 MAX_QUEUED = 10_000
 """Records that wait for a slow disk; what comes in beyond is dropped and counted."""
 TRACEBACKS_PER_S = 5
@@ -120,7 +122,7 @@ class ProcessLog:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _delete_old(folder)
         self.path = folder / f"{name}.jsonl"
-        file = RotatingFileHandler(self.path, maxBytes=max_bytes, backupCount=1, delay=True)
+        file = _File(self.path, maxBytes=max_bytes, backupCount=1, delay=True)
         file.setFormatter(_JsonFormatter())
         self._handler = _Handler(clock)
         self._is_open = False
@@ -215,6 +217,15 @@ class _Writer(QueueListener):
     def enqueue_sentinel(self) -> None:
         # Waits for a place in a full queue; the library's own raises there.
         self.queue.put(None)
+
+
+class _File(RotatingFileHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        # Another process may have deleted it: the file of one that says little is among the oldest.
+        if self.stream and not os.path.exists(self.baseFilename):
+            self.stream.close()
+            self.stream = None
+        super().emit(record)
 
 
 class _JsonFormatter(logging.Formatter):

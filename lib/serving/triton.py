@@ -27,7 +27,7 @@ def repository_index(versions: Mapping[tuple[str, int], bool]) -> list[dict[str,
             "name": name,
             "version": str(version),
             "state": "READY" if is_up else "UNAVAILABLE",
-            "reason": "" if is_up else "its Serve application is gone; run jobs.deploy",
+            "reason": "" if is_up else "it has no replica that answers now",
         }
         for (name, version), is_up in sorted(versions.items())
     ]

@@ -15,6 +15,7 @@ from ray import serve
 from lib.serving import policy
 from lib.serving.bundle import Card
 from lib.serving.router import Images, Probabilities, Replicas, Router
+from lib.serving.traffic import Policy
 from lib.storage import Storage
 from serve_apps import logs
 from serve_apps.gateway import Gateway
@@ -126,8 +127,18 @@ def test_gateways_follow_while_something_drains_and_acknowledge_what_has_drained
         router = gateway._router
         router._make_replicas = second_hangs
         publish(storage, {1: 50, 2: 50})
+        looks = 0
+
+        def looked(storage: Storage) -> Policy | None:
+            nonlocal looks
+            looks += 1
+            return policy.current(storage)
+
+        monkeypatch.setattr("serve_apps.gateway.current", looked)
         healthy = asyncio.create_task(gateway.check_health())
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(20):
+            while looks < 2:
+                await asyncio.sleep(0.01)
         assert not healthy.done()
         following = asyncio.create_task(gateway._follow_policy())
 

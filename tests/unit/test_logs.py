@@ -140,6 +140,15 @@ def test_the_files_stay_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 4000
 
 
+def test_a_process_whose_file_another_one_deleted_begins_a_new_one(tmp_path: Path) -> None:
+    with running(tmp_path) as log:
+        for request_id in ("id-1", "id-2"):
+            fail(request_id)
+            wait_until(lambda: bool(lines(log.path)), deadline_s=20, what="the line")
+            assert [line["request_id"] for line in lines(log.path)] == [request_id]
+            log.path.unlink()
+
+
 def test_the_access_log_has_its_share_of_requests(tmp_path: Path) -> None:
     assert logs.access_share({}) == 0
     assert logs.access_share({"RAYLINE_ACCESS_LOG": "0.01"}) == 0.01
