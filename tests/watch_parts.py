@@ -121,6 +121,7 @@ class FakeLog:
         start_us: int,
         end_us: int,
         columns: Sequence[str] | None = None,
+        bundles: Mapping[int, str] | None = None,
     ) -> pa.Table:
         if self.is_away:
             raise StorageError("the log is away")
@@ -136,6 +137,7 @@ class FakeLog:
         start_us: int,
         end_us: int,
         columns: Sequence[str] | None = None,
+        bundles: Mapping[int, str] | None = None,
     ) -> pa.Table:
         if self.labels_are_away:
             raise StorageError("the labels are away")

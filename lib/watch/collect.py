@@ -21,6 +21,7 @@ from lib.watch.dossier import (
     json_at,
     logged_requests,
     manifests_of,
+    means,
     policies_of,
     project_files,
     rollouts_of,
@@ -39,6 +40,7 @@ def collect(
     progress("report", f"{settings.model} version {version.version}")
     now_s = time.time()
     manifests, num_missing = manifests_of(storage, version.data_digest)
+    watch = json_at(storage, f"watch/{settings.model}/state.json")
     board = leaderboard(settings, storage)
     trials, objective = trials_of(settings, version.sweep_run_id)
     return Dossier(
@@ -55,11 +57,13 @@ def collect(
         ),
         manifests=manifests,
         num_missing_shards=num_missing,
-        policies=policies_of(storage, settings.model),
-        watch=json_at(storage, f"watch/{settings.model}/state.json"),
-        rollouts=rollouts_of(storage, settings.model),
+        policies=policies_of(storage, settings.model, version.version, version.bundle),
+        watch=watch if means(watch, version.version, version.bundle) else {},
+        rollouts=rollouts_of(storage, settings.model, version.version, version.bundle),
         retrains=all_json(storage, f"retrains/{settings.model}"),
-        requests=logged_requests(storage, settings.model, version.version, now_s, read_log),
+        requests=logged_requests(
+            storage, settings.model, version.version, version.bundle, now_s, read_log
+        ),
         attested={
             Path(path).stem: storage.read_json(path)
             for path in storage.list(f"{ATTESTED}/{settings.model}")

@@ -81,11 +81,12 @@ def attest(storage: Storage, model: str, check: str, *, who: str, note: str) -> 
     return path
 
 
-def policies_of(storage: Storage, model: str) -> list[dict[str, Any]]:
-    """Return a model's traffic in every policy, oldest first."""
+def policies_of(storage: Storage, model: str, version: int, bundle: str) -> list[dict[str, Any]]:
+    """Return a model's traffic in every policy that does not mean another one by this version."""
     found = []
     for made in policy.history(storage):
-        if (traffic := made.models.get(model)) is None:
+        traffic = made.models.get(model)
+        if traffic is None or traffic.bundles.get(version, bundle) != bundle:
             continue
         found.append(
             {
@@ -102,13 +103,24 @@ def policies_of(storage: Storage, model: str) -> list[dict[str, Any]]:
     return found
 
 
-def rollouts_of(storage: Storage, model: str) -> list[dict[str, Any]]:
-    """Return a model's rollouts, oldest first; the last one may be under way."""
+def rollouts_of(storage: Storage, model: str, version: int, bundle: str) -> list[dict[str, Any]]:
+    """Return a model's rollouts, oldest first; the last one may be under way.
+
+    Without those of another version that had this number, as far as they are told apart.
+    """
     found = all_json(storage, f"rollouts/{model}/history")
     newest = json_at(storage, f"rollouts/{model}/state.json")
     if newest and newest.get("id") not in {rollout.get("id") for rollout in found}:
         found.append(newest)
-    return found
+    return [rollout for rollout in found if means(rollout, version, bundle)]
+
+
+def means(content: Json, version: int, bundle: str) -> bool:
+    """Whether a state means this version by its number: it is not of one with another bundle.
+
+    In a state of before, which has no `bundles`, the number is all there is.
+    """
+    return bool(content.get("bundles", {}).get(str(version), bundle) == bundle)
 
 
 def project_files(root: Path) -> frozenset[str]:
@@ -153,7 +165,12 @@ def requests_of(table: pa.Table, version: int, now_s: float) -> dict[str, Any]:
 
 
 def logged_requests(
-    storage: Storage, model: str, version: int, now_s: float, read_log: ReadLog | None
+    storage: Storage,
+    model: str,
+    version: int,
+    bundle: str,
+    now_s: float,
+    read_log: ReadLog | None,
 ) -> Json:
     """Sum up what a version answered in a week; empty where the log can't be read."""
     if read_log is None:
@@ -166,6 +183,7 @@ def logged_requests(
             start_us=int((now_s - 7 * DAY_S) * 1e6),
             end_us=int(now_s * 1e6),
             columns=columns,
+            bundles={version: bundle},
         )
     except (RaylineError, OSError, pa.ArrowException) as error:
         progress("report", f"the prediction log can't be read, and is left out: {error}")

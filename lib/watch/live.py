@@ -141,6 +141,7 @@ class Live:
         rows = read_answers(
             self._storage,
             state.model,
+            state.bundles,
             start_us=state.evidence_since_us,
             end_us=self.now_us() - int(SETTLED_S * 1e6),
         )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib.errors import StorageError
-from lib.serving.bundle import Card
+from lib.serving.bundle import Card, bundle_path
 from lib.storage import Storage
 from lib.watch import predictions
 from lib.watch.evidence import COLUMNS
@@ -20,21 +20,23 @@ WINDOWS_S = (30, 180, 900, 3600, 6 * 3600, 24 * 3600, 72 * 3600)
 """How far back it is looked, as far as it takes to find so many."""
 LABELS_SINCE_S = 24 * 3600
 """Where labels came in this time, they are to be expected."""
-_IMAGE_COLUMNS = ("version", "run_id", "shadow", "predicted", "image")
+_IMAGE_COLUMNS = ("version", "shadow", "predicted", "image")
 
 
-def read_answers(storage: Storage, model: str, *, start_us: int, end_us: int) -> pa.Table:
+def read_answers(
+    storage: Storage, model: str, bundles: Mapping[int, str], *, start_us: int, end_us: int
+) -> pa.Table:
     """Return what `lib.watch.evidence.gather` takes; raise StorageError if it can't be read."""
-    return _joined(storage, model, start_us, end_us, COLUMNS)
+    return _joined(storage, model, bundles, start_us, end_us, COLUMNS)
 
 
 def read_logged(storage: Storage, model: str, card: Card, *, now_us: int) -> Logged:
     """Return the newest images that a version answered, with what it said."""
     rows: list[pa.Table] = []
+    bundles = {card.version: bundle_path(model, card.version, card.run_id)}
     for start_us, end_us in _windows(now_us):
-        found = _joined(storage, model, start_us, end_us, _IMAGE_COLUMNS)
+        found = _joined(storage, model, bundles, start_us, end_us, _IMAGE_COLUMNS)
         found = found.filter(pc.equal(found["version"], card.version))
-        found = found.filter(pc.fill_null(pc.equal(found["run_id"], card.run_id), True))
         found = found.filter(pc.invert(found["shadow"]))
         found = found.filter(pc.greater_equal(found["predicted"], 0))
         size = pc.fill_null(pc.binary_length(found["image"]), 0)
@@ -59,11 +61,16 @@ def read_logged(storage: Storage, model: str, card: Card, *, now_us: int) -> Log
 
 
 def _joined(
-    storage: Storage, model: str, start_us: int, end_us: int, columns: Sequence[str]
+    storage: Storage,
+    model: str,
+    bundles: Mapping[int, str],
+    start_us: int,
+    end_us: int,
+    columns: Sequence[str],
 ) -> pa.Table:
     return _read(
         lambda: predictions.joined(
-            storage, model, start_us=start_us, end_us=end_us, columns=columns
+            storage, model, start_us=start_us, end_us=end_us, columns=columns, bundles=bundles
         )
     )
 

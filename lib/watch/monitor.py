@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -87,6 +88,7 @@ class Monitor:
         card = read_card(self.storage, traffic.bundles[traffic.champion])
         state |= {
             "champion": traffic.champion,
+            "bundles": {str(version): path for version, path in traffic.bundles.items()},
             "class_names": list(card.class_names),
             "test_accuracy": card.test_accuracy,
         }
@@ -102,7 +104,7 @@ class Monitor:
         except AWAY as error:
             state["paused"]["drift"] = _said(error)
         try:
-            state |= self._quality(card, now_s, look["series"] if look else [])
+            state |= self._quality(traffic, card, now_s, look["series"] if look else [])
             signs = replace(signs, quality=self._fallen(state, card))
             signs = replace(signs, new_labels=self._new_labels(now_s))
         except AWAY as error:
@@ -130,7 +132,7 @@ class Monitor:
         tested = judge_windows(
             known,
             self._load_reference(traffic, key),
-            self._read,
+            partial(self._read, traffic),
             self.options.cutting,
             end_us=int((now_s - self.options.settle_s) * 1e6),
         )
@@ -156,9 +158,16 @@ class Monitor:
             evidence=Evidence(),
         )
 
-    def _read(self, start_us: int, end_us: int, columns: Sequence[str]) -> pa.Table:
+    def _read(
+        self, traffic: ModelTraffic, start_us: int, end_us: int, columns: Sequence[str]
+    ) -> pa.Table:
         return self.log.read(
-            self.storage, self.model, start_us=start_us, end_us=end_us, columns=columns
+            self.storage,
+            self.model,
+            start_us=start_us,
+            end_us=end_us,
+            columns=columns,
+            bundles=traffic.bundles,
         )
 
     def _key(self, traffic: ModelTraffic) -> str:
@@ -182,7 +191,11 @@ class Monitor:
         return float(info.mtime.timestamp()) if info.mtime else None
 
     def _quality(
-        self, card: Card, now_s: float, series: Sequence[Mapping[str, Any]]
+        self,
+        traffic: ModelTraffic,
+        card: Card,
+        now_s: float,
+        series: Sequence[Mapping[str, Any]],
     ) -> dict[str, Any]:
         end_us = int(now_s * 1e6)
         start_us = end_us - int(self.options.lookback_s * 1e6)
@@ -193,6 +206,7 @@ class Monitor:
                 start_us=start_us,
                 end_us=end_us,
                 columns=QUALITY_COLUMNS,
+                bundles=traffic.bundles,
             )
         )
         num_classes = len(card.class_names)

@@ -21,6 +21,7 @@ class Log(Protocol):
         start_us: int,
         end_us: int,
         columns: Sequence[str] | None = None,
+        bundles: Mapping[int, str] | None = None,
     ) -> pa.Table:
         """Return what was answered, sorted by time."""
         ...
@@ -33,6 +34,7 @@ class Log(Protocol):
         start_us: int,
         end_us: int,
         columns: Sequence[str] | None = None,
+        bundles: Mapping[int, str] | None = None,
     ) -> pa.Table:
         """Return what was answered, with the labels that are known."""
         ...

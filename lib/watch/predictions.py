@@ -17,7 +17,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lib.cli import progress
 from lib.errors import ConfigError
+from lib.serving.bundle import bundle_path
 from lib.storage import Storage
 from lib.watch.labels import labels_root, read_labels
 from lib.watch.segments import (
@@ -68,6 +70,9 @@ trace_id: Of the W3C trace context, 32 hexadecimal digits; null where the caller
     gateway sends no spans, of a shadow, and in files of older gateways.
 """
 _ROOT = "predictions"
+_IDENTITY = ["version", "run_id"]
+_named: set[str] = set()
+"""What was said about rows in this process."""
 _SETTLE_S = 600.0
 """After which no writer has a file of that time open: it is of five minutes, and flushes late."""
 _EXPIRE_EVERY_S = 86_400.0
@@ -98,13 +103,25 @@ def read(
     start_us: int,
     end_us: int,
     columns: Sequence[str] | None = None,
+    bundles: Mapping[int, str] | None = None,
 ) -> pa.Table:
     """Return the rows with start_us ≤ time_us < end_us, sorted by time_us.
 
-    Name the columns that you need: images are most of the log.
+    Args:
+        storage: Where.
+        model: Name of the registered model.
+        start_us: UTC, microseconds since 1970.
+        end_us: The same.
+        columns: Name those that you need: images are most of the log.
+        bundles: Version → its bundle. Rows of other versions that had one of these numbers, in a
+            model that was deleted and made again, are left out. Rows without a run count by their
+            number.
     """
+    wanted = list(SCHEMA.names if columns is None else columns)
+    loaded = [*wanted, *(name for name in _IDENTITY if bundles and name not in wanted)]
     root = predictions_root(model)
-    return read_segments(storage, root, SCHEMA, start_us=start_us, end_us=end_us, columns=columns)
+    rows = read_segments(storage, root, SCHEMA, start_us=start_us, end_us=end_us, columns=loaded)
+    return _of_bundles(rows, model, bundles or {}).select(wanted)
 
 
 def joined(
@@ -114,13 +131,14 @@ def joined(
     start_us: int,
     end_us: int,
     columns: Sequence[str] | None = None,
+    bundles: Mapping[int, str] | None = None,
 ) -> pa.Table:
     """Return `read` with a column `label`, null where none was given, however late it came.
 
     A request id that several answered requests carry is ambiguous, so its labels are left out.
     """
     wanted = list(SCHEMA.names if columns is None else columns)
-    keys = ["request_id", "index", "version", "shadow", "predicted"]
+    keys = ["request_id", "index", "shadow", "predicted", *_IDENTITY]
     rows = read(
         storage,
         model,
@@ -133,7 +151,8 @@ def joined(
     label = labels["label"].take(pc.index_in(image, value_set=_image(labels)))
     ambiguous = _more_than_once(image.filter(_is_labelled_answer(rows, label)))
     label = pc.if_else(pc.is_in(image, value_set=ambiguous), pa.scalar(None, pa.int32()), label)
-    return rows.select(wanted).append_column("label", label)
+    rows = _of_bundles(rows.append_column("label", label), model, bundles or {})
+    return rows.select([*wanted, "label"])
 
 
 def num_answers(
@@ -269,6 +288,38 @@ class Retention:
                 expire(self._storage, model, self._keep_days)
             except Exception:
                 _log.exception("what is too old in the log of %s could not be deleted", model)
+
+
+def _of_bundles(rows: pa.Table, model: str, bundles: Mapping[int, str]) -> pa.Table:
+    """Leave out rows of other versions that had the numbers of these; name both kinds once."""
+    if not bundles:
+        return rows
+    counted = rows.group_by(_IDENTITY).aggregate([([], "count_all")])
+    for found in counted.to_pylist():
+        version, run_id, num = found["version"], found["run_id"], found["count_all"]
+        if version not in bundles:
+            continue
+        if run_id is None:
+            _name_once(
+                f"rows of version {version} of {model} have no run, as older gateways wrote them: "
+                "they count for the version that has this number now",
+                num,
+            )
+        elif bundle_path(model, version, run_id) != bundles[version]:
+            is_other = pc.and_(pc.equal(rows["version"], version), pc.equal(rows["run_id"], run_id))
+            rows = rows.filter(pc.invert(pc.fill_null(is_other, False)))
+            _name_once(
+                f"rows are of another version {version} of {model}, of run {run_id}, and are left "
+                "out",
+                num,
+            )
+    return rows
+
+
+def _name_once(text: str, num_rows: int) -> None:
+    if text not in _named:
+        _named.add(text)
+        progress("log", f"{num_rows:,} {text}")
 
 
 def _image(rows: pa.Table) -> pa.Array:

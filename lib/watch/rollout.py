@@ -15,6 +15,7 @@ from lib.watch.gates import Limits, Outcome, judge
 from lib.watch.rollout_state import Options, State, iso
 from lib.watch.rollout_traffic import (
     crowned,
+    has_same_versions,
     is_as_set,
     is_same,
     is_served,
@@ -43,7 +44,7 @@ def begin(
     current = world.traffic()
     if candidate == current.champion:
         raise ServingError(f"version {candidate} is the champion already")
-    world.bundle(candidate)
+    bundle = world.bundle(candidate)
     now_us = world.now_us()
     state = State(
         id=f"{now_us}-v{candidate}",
@@ -60,6 +61,7 @@ def begin(
         set_weights=current.weights,
         set_shadows=current.shadows,
         evidence_since_us=now_us,
+        bundles={candidate: bundle, current.champion: current.bundles[current.champion]},
     )
     state = state.entering(options.stages[0], now_us).event(now_us, "started", "")
     world.save(state)
@@ -140,7 +142,8 @@ def _replay(world: World, state: State) -> None:
 def _enter(world: World, state: State) -> None:
     current = world.traffic()
     desired = with_candidate(current, state, world.bundle(state.candidate))
-    if not is_as_set(current, state) and not is_same(current, desired):
+    is_about_these = has_same_versions(current, state) and has_same_versions(desired, state)
+    if not is_about_these or not (is_as_set(current, state) or is_same(current, desired)):
         _superseded(world, state)
         return
     try:
@@ -162,7 +165,8 @@ def _enter(world: World, state: State) -> None:
 
 
 def _look(world: World, state: State) -> None:
-    if not is_as_set(world.traffic(), state):
+    current = world.traffic()
+    if not is_as_set(current, state) or not has_same_versions(current, state):
         _superseded(world, state)
         return
     evidence = world.evidence(state)
@@ -240,7 +244,8 @@ def _withdraw(world: World, state: State) -> None:
 
 def _promote(world: World, state: State) -> None:
     current = world.traffic()
-    if current.champion != state.candidate and not is_as_set(current, state):
+    is_done = current.champion == state.candidate
+    if not has_same_versions(current, state) or not (is_done or is_as_set(current, state)):
         _superseded(world, state)
         return
     desired = current if current.champion == state.candidate else crowned(current, state)

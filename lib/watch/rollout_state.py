@@ -52,6 +52,9 @@ class State:
     set_shadows: Mapping[int, float]
     evidence_since_us: int
     """Answers before it don't count."""
+    bundles: Mapping[int, str] = field(default_factory=dict)
+    """Of candidate and champion: whose answers count, and which versions it is about. A model that
+    is deleted and made again has others with the same numbers. Empty in states of before."""
     status: str = RUNNING
     then: str = ""
     """What follows on `withdrawing`."""
@@ -111,8 +114,8 @@ class State:
     def from_json(cls, content: Mapping[str, Any]) -> State:
         """Rebuild a state."""
         fields = {name: content[name] for name in content if name not in ("weight", "since")}
-        for name in ("before_weights", "before_shadows", "set_weights", "set_shadows"):
-            fields[name] = {int(version): value for version, value in fields[name].items()}
+        for name in ("before_weights", "before_shadows", "set_weights", "set_shadows", "bundles"):
+            fields[name] = {int(version): value for version, value in fields.get(name, {}).items()}
         return cls(**{**fields, "stages": tuple(fields["stages"])})
 
 

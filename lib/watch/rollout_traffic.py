@@ -82,8 +82,21 @@ def is_as_set(current: ModelTraffic, state: State) -> bool:
     )
 
 
+def has_same_versions(current: ModelTraffic, state: State) -> bool:
+    """Whether candidate and champion, where they are served, are those that the rollout is about.
+
+    Other versions may have their numbers, in a model that was deleted and made again.
+    """
+    return all(
+        current.bundles.get(version, bundle) == bundle for version, bundle in state.bundles.items()
+    )
+
+
 def is_served(current: ModelTraffic, state: State) -> bool:
-    """Whether any request could reach the candidate."""
+    """Whether any request could reach the candidate, and not another version of its number."""
+    ours = state.bundles.get(state.candidate)
+    if ours and current.bundles.get(state.candidate, ours) != ours:
+        return False
     return (
         state.candidate in current.bundles
         or current.weights.get(state.candidate, 0.0) > 0

@@ -1,6 +1,7 @@
 """The monitor's state as others read it: `watch/<model>/state.json`.
 
 time, champion, class_names, paused: {what: why}
+bundles: {"3": bundle}                                    of the versions that are served
 versions: {"3": {accuracy, low, high, labels, rows, failed, confidence, entropy, disagreement,
            class_accuracy, class_shares, shadow}}          over the last `lookback_s`
 disagreement: [{shadow, answered_by, disagreed, …}]

@@ -18,8 +18,11 @@ import pytest
 from lib.config import Settings
 from lib.errors import ConfigError, StorageError
 from lib.line.ports import variables
+from lib.serving.bundle import bundle_path
 from lib.storage import Storage
 from lib.watch import labels as label_logs
+from lib.watch import predictions
+from lib.watch.dossier import logged_requests
 from lib.watch.labels import LabelLog, read_labels
 from lib.watch.logged import read_logged
 from lib.watch.predictions import SCHEMA, Retention, expire, joined, read
@@ -331,7 +334,10 @@ def test_a_clock_that_is_set_back_overwrites_nothing(tmp_path: Path) -> None:
     assert [part["time_us"].to_pylist() for part in parts] == [times_us[::2], times_us[1::2]]
 
 
-def test_answers_of_another_run_with_the_same_number_are_told_apart(tmp_path: Path) -> None:
+def test_answers_of_another_run_with_the_same_number_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictions, "_named", set())
     storage, clock = Storage(str(tmp_path)), Clock()
     again = replace(CARDS[1], run_id="f" * 32)
     log_answers(storage, ["a", "b"], clock=clock)
@@ -346,9 +352,23 @@ def test_answers_of_another_run_with_the_same_number_are_told_apart(tmp_path: Pa
     now_us = NOON_US + HOUR_US
     found = read_logged(storage, "shapes", again, now_us=now_us)
     assert found.images_NHWC.tolist() == image.tolist()
+    assert "2 rows are of another version 1 of shapes, of run" in capsys.readouterr().out
+    # Labelled while both had the request id: ambiguous, though one of the answers is left out.
+    log_answers(storage, ["c"], clock=clock)
+    give(storage, clock, ("b", 1), ("c", 2))
+    bundles = {1: bundle_path("shapes", 1, again.run_id)}
+    known = joined(storage, "shapes", **window, columns=["request_id"], bundles=bundles)
+    assert known.to_pylist() == [{"request_id": "c", "label": None}]
+    assert capsys.readouterr().out == ""
+    summed = logged_requests(storage, "shapes", 1, bundles[1], now_us / 1e6, read)
+    assert summed["rows"] == 1
     # Files of older gateways have no such column: their rows are taken by number.
     for path in storage.list("predictions", recursive=True):
         table = pq.read_table(storage.path(path)).drop_columns(["run_id"])
         pq.write_table(table, storage.path(path))
     assert read(storage, "shapes", **window).schema == SCHEMA
-    assert len(read_logged(storage, "shapes", again, now_us=now_us).images_NHWC) == 3
+    assert len(read_logged(storage, "shapes", again, now_us=now_us).images_NHWC) == 4
+    read(storage, "shapes", **window, bundles=bundles)
+    said = [line for line in capsys.readouterr().out.splitlines() if "have no run" in line]
+    assert len(said) == 1
+    assert "4 rows of version 1 of shapes have no run" in said[0]

@@ -344,6 +344,37 @@ def test_a_champion_that_a_person_took_back_stays_when_the_rollout_is_ended(
     assert CANDIDATE not in served.bundles
 
 
+@pytest.mark.parametrize("stage", ["shadow", "canary-25", "canary-100"])
+@pytest.mark.parametrize("version", [CHAMPION, CANDIDATE])
+def test_another_version_of_the_same_number_ends_it_and_stays(stage: str, version: int) -> None:
+    world = FakeWorld()
+
+    def seen(state: State) -> Evidence:
+        if state.stage == stage:
+            bundles = {**world.now_served.bundles, version: "of a model that was made again"}
+            world.put(replace(world.now_served, bundles=bundles))
+        return healthy()
+
+    world.seen = seen
+    ended = to_the_end(world)
+    assert ended.status == states.ABORTED
+    assert "somebody else changed the traffic" in ended.reason
+    assert world.now_served.bundles[version] == "of a model that was made again"
+
+
+def test_a_held_rollout_does_not_go_on_with_another_version_of_the_same_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = FakeWorld()
+    start(world, replace(OPTIONS, stage_timeout_s=1))
+    world.seen = lambda state: healthy(requests=0)
+    assert rollout.run(world).status == states.HELD
+    monkeypatch.setattr(world, "bundle", lambda version: f"another {version}")
+    rollout.resume(world)
+    assert rollout.run(world).status == states.ABORTED
+    assert "another 4" not in world.now_served.bundles.values()
+
+
 def test_a_change_that_shares_no_request_differently_is_no_reason_to_end() -> None:
     world = FakeWorld()
 

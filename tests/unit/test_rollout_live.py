@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from lib.watch.counts import Sample
 from lib.watch.prometheus import PROMETHEUS_VARIABLE, RayEndpoints, ray_targets
 from lib.watch.recorder import Recorder
 from lib.watch.rollout_state import Options
+from lib.watch.rollout_traffic import with_candidate
 from tests.unit.serving_parts import card
 
 MODEL, CHAMPION, CANDIDATE = "shapes", 1, 2
@@ -193,7 +195,26 @@ def test_a_log_that_cannot_be_read_pauses(
     assert (ended.status, ended.stage) == (states.HELD, "replay")
     assert "the prediction log can't be read: the disk is away" in ended.reason
     with pytest.raises(StorageError):
-        logged.read_answers(storage, MODEL, start_us=0, end_us=1)
+        logged.read_answers(storage, MODEL, {}, start_us=0, end_us=1)
+
+
+def test_answers_of_versions_that_had_the_numbers_before_are_no_evidence(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = Line(storage, honest)
+    begun = rollout.begin(line, MODEL, CANDIDATE, OPTIONS, max_disagreement=0.05)
+    state = begun.entering(states.SHADOW, line.now_us())
+    line.change(with_candidate(line.traffic(), state, line.bundle(CANDIDATE)), "shadow")
+    for run_id, count in (("f" * 32, 300), (None, 200)):
+        with monkeypatch.context() as patch:
+            if run_id:
+                for number, made in CARDS.items():
+                    patch.setitem(CARDS, number, replace(made, run_id=run_id))
+            line.ask(count)
+    line.clock_s += 10
+    evidence = line.evidence(state)
+    assert evidence.champion_requests == 200
+    assert 0 < evidence.requests < 100
 
 
 class Flaky:

@@ -12,9 +12,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from lib.serving import policy
+from lib.serving.traffic import ModelTraffic
 from lib.storage import Storage
 from lib.watch import scorecard
-from lib.watch.dossier import DAY_S, Dossier, attest, ci_text, project_files, requests_of
+from lib.watch.dossier import (
+    DAY_S,
+    Dossier,
+    attest,
+    ci_text,
+    policies_of,
+    project_files,
+    requests_of,
+    rollouts_of,
+)
 from lib.watch.scorecard import AUTOMATED, CHECKS, MANUAL, OPEN, SECTIONS, score
 from tests.dossiers import NOW_S, facts, full_dossier
 
@@ -157,6 +168,24 @@ def test_the_projects_own_files_are_looked_at(tmp_path: Path) -> None:
     card = score(replace(FULL, files=files, ci=ci_text(ROOT)))
     held = {checked.id for checked in card.checked if checked.how == AUTOMATED}
     assert {"data-code", "infra-unit", "infra-integration", "infra-reproducible"} <= held
+
+
+def test_traffic_and_rollouts_of_another_version_of_the_same_number_are_left_out(
+    tmp_path: Path,
+) -> None:
+    storage, made = Storage(str(tmp_path)), None
+    for bundle in ("models/digits/4-before", "models/digits/4-now"):
+        traffic = ModelTraffic(weights={4: 1}, bundles={4: bundle}, champion=4)
+        made = policy.commit(
+            storage, made, {"digits": traffic}, default_model="digits", who="ada", why=bundle
+        )
+    for number, bundles in enumerate(({"4": "models/digits/4-before"}, {"4": bundle}, None)):
+        content = {"id": f"{number}", "candidate": 4}
+        content |= {"bundles": bundles} if bundles else {}
+        storage.write_json(f"rollouts/digits/history/{number}.json", content)
+    assert [made["why"] for made in policies_of(storage, "digits", 4, bundle)] == [bundle]
+    # Of older releases, the number is all there is.
+    assert [made["id"] for made in rollouts_of(storage, "digits", 4, bundle)] == ["1", "2"]
 
 
 def test_requests_of_a_version_are_summed_up() -> None:

@@ -290,16 +290,39 @@ def test_what_a_disk_did_to_the_newest_file_is_survived(line: Line) -> None:
     assert line.monitor().look()["drift"]["evidence"]["windows"] == 1
 
 
-def test_it_reads_the_log_that_gateways_write(line: Line) -> None:
-    images = inverted(usual(0, 300))
-    line.ask(images)
-    rows = line.log.rows
-    fill = {"caller": "anyone", "latency_ms": 2.0, "status": 200, "image": None}
-    table = pa.Table.from_pylist([{**row, **fill} for row in rows.to_pylist()], predictions.SCHEMA)
+def write_log(line: Line, run_id: str) -> None:
+    """Write what was asked as gateways do, answered by versions of this run."""
+    fill = {"caller": "anyone", "latency_ms": 2.0, "status": 200, "image": None, "run_id": run_id}
+    rows = [{**row, **fill} for row in line.log.rows.to_pylist()]
+    table = pa.Table.from_pylist(rows, predictions.SCHEMA)
     root = predictions.predictions_root("digits")
     segments = Segments(line.storage, root, max_rows=10_000, dictionary=["caller"])
     for part in by_span(table):
         segments.append(part)
+
+
+def test_a_model_that_was_made_again_is_not_judged_by_answers_of_the_one_before(
+    line: Line,
+) -> None:
+    line.ask(inverted(usual(0, 300)))
+    write_log(line, "f" * 32)
+    line.later()
+    monitor = line.monitor()
+    monitor.log = predictions
+    state = monitor.look()
+    assert (state["rows"], state["versions"], state.get("drift")) == (0, {}, None)
+    assert state["bundles"] == {str(version): path for version, path in line.bundles.items()}
+    line.log.rows = line.log.rows.slice(0, 0)
+    line.ask(usual(1, 300))
+    write_log(line, f"{1:08x}")
+    line.later()
+    state = monitor.look()
+    assert (state["rows"], state["drift"]["alarm"]) == (300, False)
+
+
+def test_it_reads_the_log_that_gateways_write(line: Line) -> None:
+    line.ask(inverted(usual(0, 300)))
+    write_log(line, f"{1:08x}")
     line.later()
     monitor = line.monitor()
     monitor.log = predictions
