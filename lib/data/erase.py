@@ -114,8 +114,9 @@ def _without(
     storage: Storage, manifest: Manifest, replaced: Mapping[str, Shard | None]
 ) -> Manifest:
     """Return the manifest of the rows that stay."""
-    listed = [replaced.get(shard.path, shard) for shard in manifest.shards]
-    shards = tuple(shard for shard in listed if shard is not None)
+    listed = [(shard.split, replaced.get(shard.path, shard)) for shard in manifest.shards]
+    # Another set may list the same file as another split.
+    shards = tuple(replace(shard, split=split) for split, shard in listed if shard is not None)
     columns = {}
     sums: dict[str, PixelSums] = {}
     for shard in dict.fromkeys(shards):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 import jobs.datasets
 import lib.registry.deletion
 import lib.watch.erasure
+from lib.data.assemble import content_digest
 from lib.data.direct import check_data, read_split
 from lib.data.extend import ExtendConfig, LabelledImages, extend
-from lib.data.manifest import LIVE, Manifest, load_manifest
+from lib.data.manifest import LIVE, SPLITS, Manifest, load_manifest, manifest_path
 from lib.data.shards import row_ids
 from lib.storage import Storage
 from lib.watch import labels, predictions, retrain_record
@@ -151,6 +153,32 @@ def test_a_row_is_erased_from_a_set_and_all_that_extend_it(
     assert set(grown.live_shards) == set(child.live_shards)
     check_data(storage, grown)
     assert any("ingest may bring the row back" in line for line in erased["not_erased"])
+
+
+def test_a_row_is_erased_from_sets_that_list_its_file_as_other_splits(
+    storage: Storage, parent: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swapped = {"train": "train", "val": "test", "test": "val"}
+    digests = {split: parent.split_digests[swapped[split]] for split in SPLITS}
+    other = replace(
+        parent,
+        digest=content_digest(
+            parent.shape, parent.class_names, digests, parent.format_version, None
+        ),
+        counts={split: parent.counts[swapped[split]] for split in SPLITS},
+        split_digests=digests,
+        shards=tuple(replace(shard, split=swapped[shard.split]) for shard in parent.shards),
+    )
+    storage.write_json(manifest_path(other.digest), other.to_json())
+    images, _ = read_split(storage, parent, "val")
+    (row,) = row_ids(images[:1])
+    erased = ask(capsys, "erase", row.tobytes().hex(), "--yes")
+    new = {found["digest"]: load_manifest(storage, found["new"]) for found in erased["sets"]}
+    for before, split in ((parent, "val"), (other, "test")):
+        rest = new[before.digest]
+        lost = {name: before.rows(name) - rest.rows(name) for name in SPLITS}
+        assert lost == {**dict.fromkeys(SPLITS, 0), split: 1}
+        check_data(storage, rest)
 
 
 def test_a_held_out_row_of_a_parent_leaves_the_child_with_its_new_parent(
