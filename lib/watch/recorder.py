@@ -182,7 +182,6 @@ class Recorder:
     def _store(self, taken: list[Answers]) -> None:
         with self._lock:
             self._convert(taken)
-            self._storing = []
             try:
                 self._write()
             except Exception as error:
@@ -200,6 +199,7 @@ class Recorder:
 
     def _convert(self, taken: list[Answers]) -> None:
         shares = self._shares(taken)
+        converted: list[tuple[str, pa.Table]] = []
         for answers in taken:
             try:
                 parts = by_span(to_table(answers, shares))
@@ -208,9 +208,13 @@ class Recorder:
                 self._failed += answers.num_rows
                 self._settled += answers.num_rows
                 continue
-            for part in parts:
-                key = (answers.card.name, part["time_us"][0].as_py() // SPAN_US)
-                self._unwritten.setdefault(key, []).append(part)
+            converted += [(answers.card.name, part) for part in parts]
+        # In this order `num_answers` may miss an answer, which is in the log soon, but never counts
+        # one twice.
+        self._storing = []
+        for model, part in converted:
+            key = (model, part["time_us"][0].as_py() // SPAN_US)
+            self._unwritten.setdefault(key, []).append(part)
 
     def _shares(self, taken: list[Answers]) -> Shares:
         given = [images for answers in taken for images in answers.images if images is not None]

@@ -20,7 +20,7 @@ from lib.watch import recorder as recorders
 from lib.watch.features import features
 from lib.watch.predictions import SCHEMA, read
 from lib.watch.recorder import Recorder
-from lib.watch.segments import MAX_US
+from lib.watch.segments import MAX_US, by_span
 from tests.unit.serving_parts import by_brightness, card
 
 CARDS = {number: card(number) for number in (1, 2)}
@@ -289,6 +289,24 @@ def test_small_flushes_become_few_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert log_of(storage)["request_id"].to_pylist() == [f"r{number}" for number in range(100)]
     # 100 rows in 200 s: two full files, and the rest.
     assert len(storage.list("predictions/shapes", recursive=True)) == 3
+
+
+def test_an_answer_that_is_being_written_is_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(Storage(str(tmp_path)), clock=lambda: NOON_S)
+    add(recorder, 0, version=1)
+    add(recorder, 1, version=2)
+    seen = []
+
+    def cut(rows: pa.Table) -> list[pa.Table]:
+        seen.append(recorder.num_answers("shapes", "r0", 0))
+        return by_span(rows)
+
+    monkeypatch.setattr(recorders, "by_span", cut)
+    recorder.close()
+    assert seen == [1, 1]
+    assert recorder.num_answers("shapes", "r0", 0) == 0
 
 
 def test_each_day_has_its_folder(tmp_path: Path) -> None:
