@@ -279,7 +279,7 @@ def _local_entries(root: str) -> Iterator[tuple[str, str]]:
             for entry in entries:
                 path = f"{folder}/{entry.name}" if folder else entry.name
                 if _is_hidden(entry.name):
-                    yield path, _HIDDEN
+                    yield _shown(path), _HIDDEN
                     continue
                 _check_name(root, path)
                 if entry.is_dir():
@@ -307,12 +307,16 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _JUNK
 
 
+def _shown(path: str) -> str:
+    """Return a path that can be printed, whatever bytes its name has."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def _check_name(root: str, path: str) -> None:
     try:
         path.encode()
     except UnicodeEncodeError as error:
-        shown = os.fsencode(path).decode(errors="backslashreplace")
         raise DataError(
-            f"{root}/{shown}: its name is not UTF-8; rename it, for example with `convmv -r -f "
-            f"latin1 -t utf8 --notest {root}`"
+            f"{root}/{_shown(path)}: its name is not UTF-8; rename it, for example with `convmv -r "
+            f"-f latin1 -t utf8 --notest {root}`"
         ) from error

@@ -226,6 +226,13 @@ def test_a_name_that_is_not_utf8_is_shown(tmp_path: Path, make: Callable[[Path],
         find_source(root)
 
 
+def test_a_hidden_name_that_is_not_utf8_is_ignored_and_can_be_printed(tmp_path: Path) -> None:
+    root = write(tmp_path / "d", ["a/1.png", "b/2.png"])
+    Path(os.fsdecode(os.fsencode(root) + b"/.caf\xe9")).touch()
+    (hidden,) = find_source(root).ignored
+    assert hidden.example == r".caf\xe9"
+
+
 def test_folders_of_links_are_read(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere", ["x/1.png", "y/2.png"])
     (tmp_path / "d").mkdir()
