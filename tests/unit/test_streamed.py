@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lib.data.manifest import Manifest
 from lib.errors import DataError
 from lib.registry.baseline import sampled_rows
 from lib.storage import Storage
-from lib.train import work
+from lib.train import streamed, work
 from lib.train.presets import preset_experiment
 from lib.train.resources import TrialResources
 from lib.train.retrain import retrain
@@ -45,7 +46,8 @@ HELD = Split(images_NHWC=np.zeros((2, *SHAPE), np.uint8), labels_N=np.zeros(2, n
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Storage, Manifest]:
     """A set of which every split is too large."""
     monkeypatch.setattr(stream, "IN_MEMORY_BYTES", 1000)
-    monkeypatch.setattr(stream, "WINDOW_BYTES", 6000)
+    a_shard_each = partial(stream.EpochStream, window_bytes=6000)
+    monkeypatch.setattr(streamed, "EpochStream", a_shard_each)
     storage = Storage(str(tmp_path))
     return storage, made_set(storage)
 
