@@ -131,9 +131,10 @@ def scan_segments(
 ) -> Iterator[pa.Table]:
     """Yield the rows of each file that may hold some of this time, the newest file first.
 
-    A file at a time, so that a long log can be searched in little memory.
+    A file at a time, and a day's files are listed when it is reached, so that a long log can be
+    searched in little memory, and left at any time.
     """
-    for path in reversed(list(_paths(storage, root, start_us, end_us))):
+    for path in _paths(storage, root, start_us, end_us, newest_first=True):
         with contextlib.suppress(MissingError):  # Its time ended since the folder was listed.
             yield _read(storage, path, columns)
 
@@ -199,13 +200,16 @@ def _read(storage: Storage, path: str, columns: Sequence[str] | None = None) -> 
     return storage.attempt("read", path, read)
 
 
-def _paths(storage: Storage, root: str, start_us: int, end_us: int) -> Iterator[str]:
+def _paths(
+    storage: Storage, root: str, start_us: int, end_us: int, *, newest_first: bool = False
+) -> Iterator[str]:
     """Yield the files that may hold rows of a time, in the order of their spans."""
-    for folder in storage.folders(root):
+    step = -1 if newest_first else 1
+    for folder in storage.folders(root)[::step]:
         day_us = _day_us(_day(folder))
         if not start_us - 86_400 * 10**6 < day_us < end_us:
             continue
-        for path in storage.list(folder):
+        for path in storage.list(folder)[::step]:
             name = path.rpartition("/")[2]
             span_us = day_us + (int(name[:2]) * 60 + int(name[2:4])) * 60 * 10**6
             if start_us - SPAN_US < span_us < end_us:

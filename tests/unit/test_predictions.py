@@ -25,7 +25,7 @@ from lib.watch import predictions
 from lib.watch.dossier import logged_requests
 from lib.watch.labels import LabelLog, read_labels
 from lib.watch.logged import read_logged
-from lib.watch.predictions import SCHEMA, Retention, expire, joined, read
+from lib.watch.predictions import SCHEMA, Retention, expire, joined, num_answers, read
 from lib.watch.recorder import Recorder
 from lib.watch.segments import MAX_US, SPAN_US, Segments, by_span, read_segments
 from tests.unit.serving_parts import by_brightness, card
@@ -320,6 +320,28 @@ def test_only_files_of_the_window_are_opened(tmp_path: Path) -> None:
     assert read_segments(storage, "rows", PLAIN, **window).num_rows == 2
     with pytest.raises(pa.ArrowInvalid):
         read_segments(storage, "rows", PLAIN, start_us=NOON_US, end_us=NOON_US + 2 * SPAN_US)
+
+
+def test_a_search_that_has_no_more_time_lists_no_further_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, clock = Storage(str(tmp_path)), Clock()
+    for day in range(3):
+        clock.now_s = NOON_S + day * 86_400
+        log_answers(storage, [f"d{day}"], clock=clock)
+    listed: list[str] = []
+    real = Storage.list
+
+    def noted(self: Storage, relative: str, **options: bool) -> list[str]:
+        listed.append(relative.rpartition("date=")[2])
+        return real(self, relative, **options)
+
+    monkeypatch.setattr(Storage, "list", noted)
+    window = {"start_us": 0, "end_us": MAX_US}
+    assert num_answers(storage, "shapes", "d0", 0, **window, budget_s=-1) is None
+    assert listed == ["2027-01-17"]
+    assert num_answers(storage, "shapes", "d0", 0, **window) == 1
+    assert listed[1:] == ["2027-01-17", "2027-01-16", "2027-01-15"]
 
 
 def test_a_clock_that_is_set_back_overwrites_nothing(tmp_path: Path) -> None:

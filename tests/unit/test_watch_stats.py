@@ -120,9 +120,7 @@ def test_quantiles_lie_where_the_counts_do(
     assert quantile_ms(counts, share) == (expected and pytest.approx(expected))
 
 
-def test_counts_of_a_gateway_without_the_shortest_bounds_are_read_as_meant(
-    tmp_path: Path,
-) -> None:
+def test_counts_of_a_gateway_without_the_shortest_bounds_are_read_as_meant() -> None:
     finer = [0] * len(LATENCY_BUCKETS_S)
     finer[LATENCY_BUCKETS_S.index(0.0005)] = 3
     coarser = [7, *[0] * (len(LATENCY_BUCKETS_S) - 4)]
